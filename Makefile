@@ -1,0 +1,30 @@
+# make demo | make test | make data: each builds .venv itself when it is missing or setup.cfg has changed.
+# Needs Python 3.11; `make PYTHON=/path/to/python3.11 ...` names another one.
+PYTHON ?= python3.11
+RUN := .venv/bin/python
+INSTALLED := .venv/.installed
+
+.PHONY: demo test data clean
+
+demo: $(INSTALLED)
+	$(RUN) -m apps.image.classification --dataset=mnist_5k --dtype_policy=mixed_float16 --workdir=runs/demo
+	$(RUN) -m apps.predict --saved_model=saved_models/image_classification_mnist_5k runs/demo/examples
+
+test: $(INSTALLED)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	$(RUN) -m pytest
+
+data: $(INSTALLED)
+	$(RUN) -m apps.data --dataset=mnist_5k,fashion_mnist
+
+clean:
+	rm -rf .venv *.egg-info
+
+# Debian's python3.11 comes without venv's pip; as root it is installed, else the error says what to do.
+$(INSTALLED): setup.cfg pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or pass PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv || { [ "$$(id -u)" = 0 ] && apt-get update && apt-get install -y python3.11-venv && $(PYTHON) -m venv --clear .venv; } \
+	  || { rm -rf .venv; echo "error: $(PYTHON) can't make a virtual environment; run: apt-get install python3.11-venv" >&2; exit 1; }
+	$(RUN) -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	touch $@

@@ -1,0 +1,370 @@
+"""Image classification: what is in the picture?
+
+    python -m apps.image.classification --dataset=mnist_5k
+    python -m apps.image.classification --dataset=fashion_mnist --model=resnet --depth=20 --augment=shift_flip
+    python -m apps.image.classification --dataset=tf_flowers --model=keras_hub:resnet_18_imagenet --image_size=224
+
+Expected: @@
+
+Sources: convnet, LeCun et al. 1998, "Gradient-based learning applied to document recognition" (LeNet-5's layout, with
+today's ReLU, max pooling and dropout, and wider); resnet, He et al. 2016, "Deep residual learning for image
+recognition", section 4.2 (projection shortcuts, option B).
+"""
+
+import io
+import re
+from pathlib import Path
+
+import keras
+import matplotlib
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from absl import flags
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from apps import runner
+
+_CACHE_BYTES = 2**30
+_SHUFFLE_BYTES = 2**29
+_WARMUP_SHARE = 0.05
+_SHOWN = 16
+
+
+# Flags
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines what this task adds to the shared flags."""
+    flags.DEFINE_string("model", "convnet", "convnet, resnet, or keras_hub:<preset> (a name from the web, or a folder).", flag_values=values)
+    flags.DEFINE_integer("depth", 20, "Layers of resnet: 6n+2, 8 to 1202.", 8, 1202, flag_values=values)
+    flags.DEFINE_integer("image_size", 32, "Height and width in pixels that the model sees, 16 to 1024.", 16, 1024, flag_values=values)
+    flags.DEFINE_enum("augment", "shift", ["none", "shift", "shift_flip"], "Random changes of training pictures: shifts by up to an "
+                      "eighth, mirror images.", flag_values=values)  # fmt: skip
+    flags.DEFINE_float("label_smoothing", 0.05, "Share of each target spread over all classes, 0 to 0.5.", 0.0, 0.5, flag_values=values)
+    flags.DEFINE_float("weight_decay", 1e-4, "Share of each weight taken off per step and unit of learning rate, 0 to 1.", 0.0, 1.0,
+                       flag_values=values)  # fmt: skip
+
+
+# Model
+
+
+def build_model(options, data: runner.Data) -> keras.Model:
+    """Pictures (float32, 0 to 255) to logits (float32)."""
+    size, channels, classes = options.image_size, data.about["channels"], len(data.about["class_names"])
+    pictures = keras.Input([size, size, channels], name="picture")
+    x = _augmentation(options)(pictures)
+    if options.model.startswith("keras_hub:"):
+        x = _pretrained_features(x, options.model.removeprefix("keras_hub:"))
+    else:
+        # Scaled to [-1, 1] in float32: half has 11 bits, and a picture's 8 shall all arrive.
+        x = keras.layers.Rescaling(1 / 127.5, offset=-1.0, dtype="float32", name="scale")(x)
+        x = {"convnet": _convnet, "resnet": _resnet}[options.model](x, options)
+    logits = keras.layers.Dense(classes, dtype="float32", name="logits")(x)
+    return keras.Model(pictures, logits, name="classifier")
+
+
+def _augmentation(options) -> keras.Layer:
+    """Random changes, in float32: half can't count the pixels of a large picture."""
+    layers: list[keras.Layer] = []
+    if options.augment != "none":
+        layers.append(keras.layers.RandomTranslation(0.125, 0.125, fill_mode="constant", dtype="float32", name="shift"))
+    if options.augment == "shift_flip":
+        layers.append(keras.layers.RandomFlip("horizontal", dtype="float32", name="flip"))
+    return keras.Sequential([*layers, keras.layers.Identity(dtype="float32", name="done")], name="augment")
+
+
+def _convnet(x, options):
+    for index, filters in enumerate((32, 64), 1):
+        x = keras.layers.Conv2D(filters, 5, activation="relu", name=f"conv{index}")(x)
+        x = keras.layers.MaxPooling2D(2, name=f"pool{index}")(x)
+    x = keras.layers.Flatten(name="flatten")(x)
+    for index, units in enumerate((256, 128), 1):
+        x = keras.layers.Dropout(0.25, name=f"dropout{index}")(x)
+        x = keras.layers.Dense(units, activation="relu", name=f"dense{index}")(x)
+    return x
+
+
+def _resnet(x, options):
+    x = _conv_norm(x, 16, 3, 1, "stem")
+    x = keras.layers.ReLU(name="stem_relu")(x)
+    for stage, filters in enumerate((16, 32, 64), 1):
+        for block in range(1, (options.depth - 2) // 6 + 1):
+            stride = 2 if stage > 1 and block == 1 else 1
+            x = _residual_block(x, filters, stride, f"stage{stage}_block{block}")
+    return keras.layers.GlobalAveragePooling2D(name="pool")(x)
+
+
+def _residual_block(x, filters: int, stride: int, name: str):
+    y = _conv_norm(x, filters, 3, stride, f"{name}_a")
+    y = keras.layers.ReLU(name=f"{name}_a_relu")(y)
+    y = _conv_norm(y, filters, 3, 1, f"{name}_b")
+    if stride != 1 or x.shape[-1] != filters:
+        x = _conv_norm(x, filters, 1, stride, f"{name}_shortcut")
+    y = keras.layers.Add(name=f"{name}_add")([x, y])
+    return keras.layers.ReLU(name=f"{name}_relu")(y)
+
+
+def _conv_norm(x, filters: int, size: int, stride: int, name: str):
+    x = keras.layers.Conv2D(
+        filters, size, stride, padding="same", use_bias=False, kernel_initializer="he_normal", name=f"{name}_conv"
+    )(x)
+    return keras.layers.BatchNormalization(momentum=0.9, name=f"{name}_norm")(x)
+
+
+def _pretrained_features(x, preset: str):
+    """A KerasHub backbone with its own scaling, and global average pooling."""
+    try:
+        import keras_hub
+    except ImportError as error:
+        raise runner.AppError("--model=keras_hub:... needs KerasHub: pip install 'tfhalf[hub]'") from error
+    try:
+        backbone = keras_hub.models.Backbone.from_preset(preset)
+        converter = keras_hub.layers.ImageConverter.from_preset(preset)
+    except Exception as error:  # KerasHub passes on what each of its four download clients raises
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise runner.AppError(f"--model=keras_hub:{preset} can't be loaded: {reason}; it needs the web, or a folder") from error
+    if x.shape[-1] == 1:
+        x = keras.layers.Concatenate(dtype="float32", name="grey_to_rgb")([x, x, x])
+    scale, offset = (np.asarray(v if v is not None else d, "float32") for v, d in ((converter.scale, 1.0), (converter.offset, 0.0)))
+    x = keras.layers.Rescaling(scale.tolist(), offset=offset.tolist(), dtype="float32", name="scale")(x)
+    features = backbone(x)
+    return keras.layers.GlobalAveragePooling2D(name="pool")(features)
+
+
+def build_optimizer(options, num_steps: int) -> keras.optimizers.Optimizer:
+    """AdamW; its rate rises for 5% of the steps, then falls along a cosine to 0."""
+    warmup = max(1, round(_WARMUP_SHARE * num_steps))
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, max(1, num_steps - warmup), warmup_target=options.learning_rate, warmup_steps=warmup
+    )
+    optimizer = keras.optimizers.AdamW(schedule, weight_decay=options.weight_decay)
+    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    return optimizer
+
+
+def build_loss(options) -> keras.losses.Loss:
+    """Cross-entropy with label smoothing."""
+    return keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=options.label_smoothing)
+
+
+def build_metrics() -> list[keras.metrics.Metric]:
+    """Accuracy."""
+    return [keras.metrics.CategoricalAccuracy(name="accuracy")]
+
+
+# Data
+
+
+def load_data(options) -> runner.Data:
+    """Reads any TFDS set with a picture and a class."""
+    _check_options(options)
+    features = runner.describe_dataset(options).info.features
+    found = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {"": features}
+    kinds = {name: type(feature).__name__ for name, feature in found.items()}
+    if kinds.get("image") != "Image" or kinds.get("label") != "ClassLabel":
+        listing = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+        raise runner.AppError(
+            f"--dataset={options.dataset} has the features {listing}; image classification needs image (Image) and "
+            "label (ClassLabel)"
+        )
+    builder = runner.prepare_dataset(options)
+    train, validation, test = _splits(builder)
+    class_names = features["label"].names
+    channels = features["image"].shape[-1] or 3
+
+    def read(split: str) -> tuple[tf.data.Dataset, int]:
+        def fit(example):
+            picture = fit_pictures(example["image"][tf.newaxis], options.image_size, channels)[0]
+            return picture, example["label"]
+
+        dataset = builder.as_dataset(split=split, shuffle_files=False).map(fit, tf.data.AUTOTUNE)
+        count = builder.info.splits[split].num_examples
+        small = count * options.image_size**2 * channels * 4 <= _CACHE_BYTES
+        return dataset.cache() if small else dataset, count
+
+    def one_hot(pictures, labels):
+        return pictures, tf.one_hot(labels, len(class_names))
+
+    train_set, num_train = read(train)
+    if num_train < options.batch_size:
+        raise runner.AppError(f"--batch_size={options.batch_size} is more than the {num_train} training pictures; lower it")
+    buffer = max(1, min(num_train, _SHUFFLE_BYTES // (options.image_size**2 * channels * 4)))
+
+    def train_data(epoch: int) -> tf.data.Dataset:
+        seed = np.random.SeedSequence([options.seed, epoch]).generate_state(1)[0]
+        shuffled = train_set.shuffle(buffer, seed=int(seed), reshuffle_each_iteration=False)
+        return shuffled.batch(options.batch_size, drop_remainder=True).map(one_hot).prefetch(tf.data.AUTOTUNE)
+
+    return runner.Data(
+        train=train_data,
+        steps_per_epoch=num_train // options.batch_size,
+        validation=read(validation)[0].batch(options.batch_size).map(one_hot).prefetch(tf.data.AUTOTUNE),
+        test=read(test)[0].batch(options.batch_size).map(lambda x, y: ({"image": x}, y)).prefetch(tf.data.AUTOTUNE),
+        about={"class_names": class_names, "image_size": options.image_size, "channels": channels},
+    )
+
+
+def _check_options(options) -> None:
+    if options.model not in ("convnet", "resnet") and not re.fullmatch("keras_hub:.+", options.model):
+        raise runner.AppError(f"--model={options.model} must be convnet, resnet or keras_hub:<preset>")
+    if options.model == "resnet" and options.depth % 6 != 2:
+        raise runner.AppError(f"--depth={options.depth} must be 6n+2: 8, 14, 20, 32, 44, 56, 110")
+
+
+def _splits(builder: tfds.core.DatasetBuilder) -> tuple[str, str, str]:
+    """Train, validation and test; nobody chooses an epoch on the test part."""
+    names = set(builder.info.splits)
+    test = "test" if "test" in names else "validation"
+    if "train" not in names or test not in names:
+        raise runner.AppError(f"{builder.name} has the splits {', '.join(sorted(names))}; needed: train, and test or validation")
+    if test == "test" and "validation" in names:
+        return "train", "validation", "test"
+    return "train[:90%]", "train[90%:]", test
+
+
+def fit_pictures(pictures: tf.Tensor, size: int, channels: int) -> tf.Tensor:
+    """Pictures of any size, grey or colour, with or without alpha, to what the model sees.
+
+    The whole picture is kept: it is scaled to fit, and the rest is black, as is what alpha makes transparent.
+
+    Args:
+        pictures: number `[batch, height, width, 1 to 4]`, 0 to 255.
+        size: height and width of the result.
+        channels: 1 for grey, 3 for RGB.
+
+    Returns:
+        float32 `[batch, size, size, channels]`, 0 to 255.
+    """
+    pictures = tf.cast(pictures, tf.float32)
+    num = tf.shape(pictures)[-1]
+    has_alpha = tf.equal(num % 2, 0)
+    num_colours = num - tf.cast(has_alpha, tf.int32)
+    alpha = tf.where(has_alpha, pictures[..., num - 1 :] / 255.0, 1.0)
+    pictures = pictures[..., :num_colours] * alpha
+    if channels == 1:
+        # ITU-R BT.601 luma, as in every grey conversion of pictures; one channel is grey already.
+        luma = tf.cond(tf.equal(num_colours, 3), lambda: tf.constant([0.299, 0.587, 0.114]), lambda: tf.constant([1.0]))
+        pictures = tf.reduce_sum(pictures * luma, axis=-1, keepdims=True)
+    else:
+        pictures += tf.zeros([3])
+    pictures = tf.image.resize_with_pad(pictures, size, size, antialias=True)
+    return tf.ensure_shape(pictures, [None, size, size, channels])
+
+
+# What is served, how it is scored and shown
+
+
+def serve(model: keras.Model, data: runner.Data):
+    """The exported function: pictures of any size to probabilities."""
+
+    def classify(image):
+        pictures = fit_pictures(image, data.about["image_size"], data.about["channels"])
+        return {"probabilities": tf.nn.softmax(model(pictures, training=False))}
+
+    return classify, {"image": tf.TensorSpec([None, None, None, None], tf.float32)}
+
+
+def score(call: runner.Call, data: runner.Data) -> dict[str, float]:
+    """Cross-entropy and accuracy over the test part."""
+    probabilities, labels = _predict(call, data.test)
+    likelihood = probabilities[np.arange(len(labels)), labels]
+    correct = int(np.sum(np.argmax(probabilities, axis=-1) == labels))
+    return {
+        "loss": float(np.mean(-np.log(np.maximum(likelihood, np.finfo(np.float32).tiny)))),
+        "accuracy": correct / len(labels),
+        "correct": correct,
+        "total": len(labels),
+    }
+
+
+def describe(scores: dict[str, float]) -> str:
+    """The line that ends a run."""
+    return (
+        f"Test loss: {scores['loss']:.4f} | Accuracy: {100 * scores['accuracy']:.2f}% "
+        f"({scores['correct']:.0f}/{scores['total']:.0f})"
+    )
+
+
+def show(model: keras.Model, data: runner.Data) -> dict[str, bytes]:
+    """The first validation pictures with what the model says of them."""
+    pictures, targets = next(iter(data.validation))
+    pictures, targets = pictures[:_SHOWN].numpy(), targets[:_SHOWN].numpy()
+    probabilities = tf.nn.softmax(model(pictures, training=False)).numpy()
+    names = data.about["class_names"]
+    figure = Figure(figsize=(8, 8.6), layout="constrained")
+    for index, (picture, target, row) in enumerate(zip(pictures, targets, probabilities, strict=True)):
+        axes = figure.add_subplot(4, 4, index + 1)
+        axes.imshow(picture.squeeze() / 255, cmap="gray", vmin=0, vmax=1)
+        right = row.argmax() == target.argmax()
+        title = f"{names[row.argmax()]} {row.max():.0%}" + ("" if right else f"\nis {names[target.argmax()]}")
+        axes.set_title(title, fontsize=9, color="black" if right else "crimson")
+        axes.set_axis_off()
+    return {"predictions": _png(figure)}
+
+
+def conclude(call: runner.Call, data: runner.Data, folder: Path) -> dict[str, bytes]:
+    """The confusion matrix of the test part; and one test picture of each class, as a file to try apps/predict.py on."""
+    probabilities, labels = _predict(call, data.test)
+    names = data.about["class_names"]
+    counts = np.zeros([len(names)] * 2, int)
+    np.add.at(counts, (labels, probabilities.argmax(-1)), 1)
+    pictures, shown = next((inputs["image"].numpy(), labels.numpy()) for inputs, labels in data.test)
+    for label, index in zip(*np.unique(shown, return_index=True), strict=True):
+        name = re.sub(r"\W+", "_", names[label]).strip("_")
+        png = tf.io.encode_png(tf.cast(tf.round(pictures[index]), tf.uint8))
+        (folder / f"{name}.png").write_bytes(png.numpy())
+    return {"confusion_matrix": _png(_confusion_figure(counts, names))}
+
+
+def _confusion_figure(counts: np.ndarray, names: list[str]) -> Figure:
+    size = 4 + 0.45 * min(len(names), 40)
+    figure = Figure(figsize=(size, size), layout="constrained")
+    axes = figure.add_subplot()
+    shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="is", title="Test part: number of pictures")
+    if len(names) <= 40:
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)
+    return figure
+
+
+def _predict(call: runner.Call, dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    rows = [(np.asarray(call(image=inputs["image"])["probabilities"]), labels.numpy()) for inputs, labels in dataset]
+    return np.concatenate([row[0] for row in rows]), np.concatenate([row[1] for row in rows])
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+# Main
+
+TASK = runner.Task(
+    name="image_classification",
+    define_flags=define_flags,
+    defaults={"dataset": "mnist_5k", "batch_size": 64, "epochs": 20, "learning_rate": 2e-3},
+    load_data=load_data,
+    build_model=build_model,
+    build_optimizer=build_optimizer,
+    build_loss=build_loss,
+    build_metrics=build_metrics,
+    monitor="val_accuracy",
+    serve=serve,
+    score=score,
+    metric="accuracy",
+    margin=0.002,  # ANCHORS
+    describe=describe,
+    show=show,
+    conclude=conclude,
+)
+
+if __name__ == "__main__":
+    runner.main(TASK)

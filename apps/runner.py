@@ -1,0 +1,392 @@
+"""The one sequence of every app: data, model, train, evaluate, export, verify, report.
+
+An app describes its task as a value, a `Task` of plain functions; the flags that all tasks share are defined here once.
+The functions get the parsed flags as `options`, a namespace; nothing else reads flags.
+
+The exported function is scored four times on the test part with the task's own metric: the trained model as it
+computes, the same weights in float32, and both again from the artefact on disk. An artefact whose metric differs from the
+trained model's by more than the task's margin isn't published.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shlex
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from absl import app, flags, logging
+
+import tfhalf
+from tfhalf import datasets, precision, training
+
+POLICIES = ("mixed_float16", "mixed_bfloat16", "float32", "auto")
+_NUM_SAMPLES = 16
+# Where things lie doesn't change what a run is; the plan is compared by content.
+_PATH_FLAGS = {"data_dir", "workdir", "saved_model_dir", "saved_model_name", "saved_model_version", "precision_plan"}
+
+Call = Callable[..., dict[str, tf.Tensor]]
+
+
+class AppError(Exception):
+    """Something that the user can mend; the message is all they need."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a task's data set gives.
+
+    Attributes:
+        train: epoch (from 0) to its batches of (inputs, targets): a pure function of seed and epoch.
+        steps_per_epoch: batches in one epoch.
+        validation: batches of (inputs, targets) that epochs are compared on.
+        test: batches of (named inputs of `serve`, labels).
+        about: facts that build_model, serve and predict need, as class names; JSON values, written into the manifest.
+    """
+
+    train: Callable[[int], tf.data.Dataset]
+    steps_per_epoch: int
+    validation: tf.data.Dataset
+    test: tf.data.Dataset
+    about: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task as a value; `options` holds the parsed flags.
+
+    Attributes:
+        name: as "image_classification".
+        define_flags: defines the task's own flags on a `flags.FlagValues`.
+        defaults: values of the shared flags `dataset`, `batch_size`, `epochs` and `learning_rate`.
+        load_data: options -> Data.
+        build_model: options, data -> Keras model with float32 outputs; runs under the plan's scope.
+        build_optimizer: options, number of steps in all -> Keras optimizer.
+        build_loss: options -> Keras loss.
+        build_metrics: () -> Keras metrics for training.
+        monitor: the metric of validation that tells the best epoch, as "val_accuracy".
+        serve: model, data -> (function of named inputs, its input signature).
+        score: served function, data -> metrics over the test part, as floats.
+        metric: the one of them that decides.
+        margin: largest difference of that metric between the trained model and its artefact.
+        describe: metrics -> the line that reports them.
+        show: model, data -> PNG pictures by tag, after each epoch.
+        conclude: served function, data, folder -> PNG pictures by tag at the end; writes examples for apps/predict.py.
+    """
+
+    name: str
+    define_flags: Callable[[flags.FlagValues], None]
+    defaults: dict[str, Any]
+    load_data: Callable[[types.SimpleNamespace], Data]
+    build_model: Callable[[types.SimpleNamespace, Data], keras.Model]
+    build_optimizer: Callable[[types.SimpleNamespace, int], keras.optimizers.Optimizer]
+    build_loss: Callable[[types.SimpleNamespace], keras.losses.Loss]
+    build_metrics: Callable[[], list[keras.metrics.Metric]]
+    monitor: str
+    serve: Callable[[keras.Model, Data], tuple[Call, dict[str, tf.TensorSpec]]]
+    score: Callable[[Call, Data], dict[str, float]]
+    metric: str
+    margin: float
+    describe: Callable[[dict[str, float]], str]
+    show: Callable[[keras.Model, Data], dict[str, bytes]]
+    conclude: Callable[[Call, Data, Path], dict[str, bytes]]
+
+
+def main(task: Task) -> None:
+    """Runs an app: `if __name__ == "__main__": runner.main(TASK)`."""
+    names = define_flags(task, flags.FLAGS)
+    logging.set_verbosity(logging.WARNING)  # --verbosity=0 brings TFDS' own reports back
+
+    def run_once(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise AppError(f"unexpected argument {argv[1]!r}: every setting is a --flag=value")
+        run(task, options_of(flags.FLAGS, names))
+
+    app.run(lambda argv: sys.exit(exit_code(run_once, argv)))
+
+
+def define_flags(task: Task, values: flags.FlagValues) -> list[str]:
+    """Defines the shared flags and the task's own; returns their names."""
+    default = task.defaults
+    others = set(values)
+    for name, kind, value, text in (
+        ("dataset", flags.DEFINE_string, default["dataset"], "Data set: a TFDS name, or one that tfhalf reads out of a package."),
+        ("data_dir", flags.DEFINE_string, None, "Folder of prepared data sets. Default: TFDS's, ~/tensorflow_datasets."),
+        ("precision_plan", flags.DEFINE_string, None, "JSON file of a tfhalf.PrecisionPlan; instead of --dtype_policy."),
+        ("workdir", flags.DEFINE_string, None, "Folder of the run: checkpoints, TensorBoard, metrics.json; the same command again "
+         "resumes. Default: runs/<name>-<settings>."),
+        ("saved_model_dir", flags.DEFINE_string, "saved_models", "Folder that bundles are published in."),
+        ("saved_model_name", flags.DEFINE_string, None, "Name of the bundle. Default: <task>_<data set>."),
+    ):  # fmt: skip
+        kind(name, value, text, flag_values=values)
+    flags.DEFINE_enum(
+        "dtype_policy", "mixed_float16", POLICIES, "Keras dtype policy that the model is built under.", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "distribute", "none", ["none", "mirrored", "multi_worker"], "Distribution strategy; only none so far.", flag_values=values
+    )
+    flags.DEFINE_bool("jit_compile", False, "Compile the training step with XLA.", flag_values=values)
+    for name, value, lower, upper, text in (
+        ("batch_size", default["batch_size"], 1, 2**20, "Examples in a batch, 1 or more."),
+        ("epochs", default["epochs"], 1, 100_000, "Passes over the training part, 1 or more."),
+        ("steps_per_epoch", None, 1, None, "Batches in an epoch, at most what the data set has. Default: all of it."),
+        ("seed", 0, 0, 2**31 - 1, "Seed of weights, order and augmentation, 0 to 2^31-1."),
+        ("dynamic_growth_steps", 2000, 1, None, "Good steps in a row before the loss scale doubles (float16 only), 1 or more."),
+        ("saved_model_version", None, 1, None, "Version of the bundle, a positive integer. Default: the next free one."),
+    ):
+        flags.DEFINE_integer(name, value, text, lower_bound=lower, upper_bound=upper, flag_values=values)
+    flags.DEFINE_float(
+        "initial_scale", 2.0**15, "First loss scale (float16 only), 2^-14 to 2^24.", 2.0**-14, 2.0**24, flag_values=values
+    )
+    flags.DEFINE_float(
+        "learning_rate", default["learning_rate"], "Highest learning rate, above 0 to 10.", 1e-12, 10.0, flag_values=values
+    )
+    task.define_flags(values)
+    names = sorted(set(values) - others)
+    for name in names:  # so that --help shows them, though another module defined them
+        values.register_key_flag_for_module(sys.argv[0], values[name])
+    return names
+
+
+def options_of(values: flags.FlagValues, names: list[str]) -> types.SimpleNamespace:
+    """Returns the parsed flags as a namespace, with the plan in place of the two flags that say it.
+
+    Raises:
+        AppError: flags exclude each other, ask for what doesn't exist yet, or name a plan that can't be read.
+    """
+    options = types.SimpleNamespace(**{name: values[name].value for name in names})
+    if options.distribute != "none":
+        raise AppError(f"--distribute={options.distribute} isn't possible yet: leave it out to train on one device")
+    if options.dtype_policy == "auto":
+        raise AppError(f"--dtype_policy=auto isn't possible yet: choose one of {', '.join(POLICIES[:-1])}")
+    options.plan = tfhalf.PrecisionPlan(options.dtype_policy)
+    if options.precision_plan is not None:
+        if values["dtype_policy"].present:
+            raise AppError("--precision_plan and --dtype_policy exclude each other: the plan says the policy")
+        try:
+            options.plan = tfhalf.PrecisionPlan.load(options.precision_plan)
+        except (OSError, ValueError) as error:
+            raise AppError(f"--precision_plan={options.precision_plan}: {error}") from error
+    return options
+
+
+def exit_code(body: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Runs a program's body; turns what the user can mend into one line on stderr and an exit status."""
+    try:
+        body(argv)
+    except (AppError, datasets.DatasetError, training.TrainingError, tfhalf.ExportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except training.InterruptedRun as error:
+        print(error, file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("interrupted; nothing was published", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(task: Task, options: types.SimpleNamespace) -> tfhalf.Manifest:
+    """The sequence. Returns the manifest of the bundle that it published."""
+    name = options.saved_model_name or f"{task.name}_{options.dataset.replace('/', '_').replace(':', '_')}"
+    bundle = _version_folder(Path(options.saved_model_dir) / name, options.saved_model_version)
+    config = _config(task, options)
+    workdir = Path(options.workdir or _default_workdir(name, options, config))
+    keras.utils.set_random_seed(options.seed)
+
+    data = task.load_data(options)
+    if options.steps_per_epoch is not None:
+        if options.steps_per_epoch > data.steps_per_epoch:
+            raise AppError(
+                f"--steps_per_epoch={options.steps_per_epoch} is more than the {data.steps_per_epoch} batches of "
+                f"{options.dataset}; lower it or --batch_size"
+            )
+        data = dataclasses.replace(data, steps_per_epoch=options.steps_per_epoch)
+    model = build(task, options, data)
+    measured = tfhalf.coverage(model)
+    say(f"{task.name} on {options.dataset}, {options.plan.default}: {model.count_params():,} parameters")
+    say(f"{measured.multiply_adds_in_half:.1%} of multiply-adds in half; float32 islands: {', '.join(measured.islands) or 'none'}")
+    say(f"workdir {workdir}")
+
+    progress = training.fit(
+        model,
+        data.train,
+        data.validation,
+        workdir=workdir,
+        epochs=options.epochs,
+        steps_per_epoch=data.steps_per_epoch,
+        monitor=task.monitor,
+        config=config,
+        show=lambda model: task.show(model, data),
+        report=say,
+    )
+    serve, signature = task.serve(model, data)
+    scores = {"trained": task.score(tf.function(serve, autograph=False), data)}
+    with precision.computing_in(model, "float32"):
+        scores["trained, in float32"] = task.score(tf.function(serve, autograph=False), data)
+    say(task.describe(scores["trained"]))
+
+    manifest = tfhalf.export_saved_model(
+        model,
+        bundle,
+        inputs=_samples(data),
+        serve=serve,
+        input_signature=signature,
+        metadata=lambda stage: _metadata(task, options, config, data, progress, scores, stage),
+    )
+    _record(task, workdir, config, progress, scores, model, bundle, data)
+    say(_summary(task, workdir, bundle, manifest, measured, progress, model))
+    return manifest
+
+
+def build(task: Task, options: types.SimpleNamespace, data: Data) -> keras.Model:
+    """Builds the model under the plan and compiles it.
+
+    Raises:
+        AppError: the plan doesn't fit the model, or an output isn't float32.
+    """
+    with options.plan.scope():
+        model = task.build_model(options, data)
+    try:
+        options.plan.apply(model)
+        training.compile_model(
+            model,
+            task.build_optimizer(options, options.epochs * data.steps_per_epoch),
+            loss=task.build_loss(options),
+            metrics=task.build_metrics(),
+            jit_compile=options.jit_compile,
+            initial_scale=options.initial_scale,
+            dynamic_growth_steps=options.dynamic_growth_steps,
+        )
+    except ValueError as error:
+        raise AppError(str(error)) from error
+    return model
+
+
+def describe_dataset(options: types.SimpleNamespace) -> tfds.core.DatasetBuilder:
+    """Returns the builder of `--dataset` without fetching it, so that a set of the wrong kind is refused at once."""
+    return datasets.describe(options.dataset, options.data_dir)
+
+
+def prepare_dataset(options: types.SimpleNamespace) -> tfds.core.DatasetBuilder:
+    """Returns the prepared builder of `--dataset`; fetches it if need be."""
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    return datasets.prepare(options.dataset, options.data_dir, say)
+
+
+def say(line: str) -> None:
+    """Prints a line at once, in order with the rest also where stdout is a file."""
+    print(line, flush=True)
+
+
+def _version_folder(base: Path, version: int | None) -> Path:
+    """The free version folder to publish; checked before hours of training, and again by the rename."""
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        probe = base / f".staging-probe-{os.getpid()}"
+        probe.mkdir()
+        probe.rmdir()
+        taken = [int(entry.name) for entry in base.iterdir() if entry.name.isdigit()]
+    except OSError as error:
+        raise AppError(f"--saved_model_dir: can't write {base}: {error.strerror}; choose another folder") from error
+    if version is not None and version in taken:
+        raise AppError(f"--saved_model_version={version}: {base / str(version)} exists; choose another version or leave it out")
+    return base / str(version or max(taken, default=0) + 1)
+
+
+def _config(task: Task, options: types.SimpleNamespace) -> dict[str, Any]:
+    """What makes a run what it is."""
+    plain = {name: value for name, value in vars(options).items() if name not in _PATH_FLAGS | {"plan", "dtype_policy"}}
+    return {"task": task.name, "plan": options.plan.to_json()} | dict(sorted(plain.items()))
+
+
+def _default_workdir(name: str, options: types.SimpleNamespace, config: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+    return f"runs/{name}-{options.plan.default}-{digest}"
+
+
+def _samples(data: Data) -> dict[str, np.ndarray]:
+    """The first test examples: no training and no choice of epoch has seen them."""
+    inputs, _ = next(iter(data.test))
+    return {name: tensor.numpy()[:_NUM_SAMPLES] for name, tensor in inputs.items()}
+
+
+def _metadata(task: Task, options, config, data: Data, progress, scores, stage: Path) -> dict[str, Any]:
+    """Scores the artefact from disk, and refuses one that lost the metric."""
+    for signature in ("serving_default", "serving_float32"):
+        served = tfhalf.load_saved_model(stage, signature)
+        scores[signature] = task.score(lambda served=served, **inputs: served(inputs), data)
+    trained, served = scores["trained"][task.metric], scores["serving_default"][task.metric]
+    if not abs(trained - served) <= task.margin:
+        raise tfhalf.ExportError(
+            f"{task.metric} of the artefact is {served:.4f}, of the trained model {trained:.4f}: the difference is over "
+            f"{task.margin:g}; nothing was published"
+        )
+    return {
+        "task": task.name,
+        "dataset": options.dataset,
+        "plan": options.plan.to_json(),
+        "flags": config,
+        "about": data.about,
+        "metrics": scores,
+        "margin": {task.metric: task.margin},
+        "epochs": progress.epoch,
+        "best_epoch": progress.best_epoch,
+    }
+
+
+def _record(task: Task, workdir: Path, config, progress, scores, model, bundle: Path, data: Data) -> None:
+    """Adds the test's result to metrics.json and TensorBoard."""
+    step = progress.epoch * data.steps_per_epoch
+    with contextlib.suppress(OSError):  # the bundle is out; a full disk doesn't take it back
+        examples = workdir / "examples"
+        examples.mkdir(exist_ok=True)
+        pictures = task.conclude(tf.function(task.serve(model, data)[0], autograph=False), data, examples)
+        results = {"scores": scores, "bundle": str(bundle)}
+        training.write_results(workdir, progress, config, results, pictures, step)
+
+
+def _summary(task: Task, workdir: Path, bundle: Path, manifest: tfhalf.Manifest, measured, progress, model) -> str:
+    metrics = manifest.metadata["metrics"]
+    float32_bytes = sum(int(np.prod(weight.shape)) * 4 for weight in model.weights)
+    lines = ["", task.describe(metrics["trained"]), "", f"  {'computed by':34} " + " ".join(f"{k:>10}" for k in metrics["trained"])]
+    computed = {"trained": "the trained model", "trained, in float32": "the same weights in float32"}
+    for key, score in metrics.items():
+        values = " ".join(f"{value:10.4f}" for value in score.values())
+        lines.append(f"  {computed.get(key, 'the artefact, ' + key):34} {values}")
+    lines.append("")
+    if isinstance(model.optimizer, tfhalf.LossScaleOptimizer):
+        optimizer = model.optimizer
+        lines.append(
+            f"  loss scale      {optimizer.scale:g}; {optimizer.steps_skipped} of "
+            f"{optimizer.steps_skipped + optimizer.steps_taken} steps skipped"
+        )
+    errors = ", ".join(
+        f"{name} {max(signature['max_error'].values()):.1e} (at most {signature['tolerance']:g})"
+        for name, signature in manifest.signatures.items()
+    )
+    workdir_, bundle_ = shlex.quote(str(workdir)), shlex.quote(str(bundle))
+    lines += [
+        f"  in half         {measured.multiply_adds_in_half:.1%} of multiply-adds, {measured.parameters_in_half:.1%} of parameters",
+        f"  best epoch      {progress.best_epoch} of {progress.epoch}, {task.monitor} {progress.best:.4f}",
+        f"  artefact        {bundle}, verified in a fresh process",
+        f"  variables       {manifest.sizes['variables']:,} bytes on disk; the weights in float32 are {float32_bytes:,}",
+        f"  graph           {manifest.sizes['graph']:,} bytes",
+        f"  kept in float32 {', '.join(manifest.kept) or 'nothing'}",
+        f"  largest error   {errors}",
+        "",
+        f"  look            .venv/bin/tensorboard --logdir={workdir_}/tensorboard",
+        f"  predict         .venv/bin/python -m apps.predict --saved_model={bundle_} {workdir_}/examples",
+        f"  serve           TensorFlow Serving reads it: --model_base_path={shlex.quote(str(bundle.parent.resolve()))}",
+    ]
+    return "\n".join(lines)

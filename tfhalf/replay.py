@@ -1,0 +1,30 @@
+"""Runs every signature of a SavedModel on sample inputs, in a process that has TensorFlow and nothing of ours.
+
+`tfhalf.export` starts this file by its path: what comes out is what any server would answer.
+
+    python replay.py SAVED_MODEL_FOLDER INPUTS.npz OUTPUTS.npz
+
+INPUTS holds one array for each input; OUTPUTS gets one array for each output, named "signature/output".
+"""
+
+import sys
+
+import numpy as np
+import tensorflow as tf
+
+
+def main(folder: str, inputs_path: str, outputs_path: str) -> None:
+    """Loads, runs, writes."""
+    loaded = tf.saved_model.load(folder)
+    with np.load(inputs_path, allow_pickle=False) as file:
+        inputs = {name: tf.constant(array) for name, array in file.items()}
+    outputs = {
+        f"{signature}/{name}": tensor.numpy()
+        for signature, function in loaded.signatures.items()
+        for name, tensor in function(**inputs).items()
+    }
+    np.savez(outputs_path, **outputs)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
