@@ -129,10 +129,18 @@ def define_flags(task: Task, values: flags.FlagValues) -> list[str]:
     ):  # fmt: skip
         kind(name, value, text, flag_values=values)
     flags.DEFINE_enum(
-        "dtype_policy", "mixed_float16", POLICIES, "Keras dtype policy that the model is built under.", flag_values=values
+        "dtype_policy",
+        "mixed_float16",
+        POLICIES,
+        "Keras dtype policy that the model is built under.",
+        flag_values=values,
     )
     flags.DEFINE_enum(
-        "distribute", "none", ["none", "mirrored", "multi_worker"], "Distribution strategy; only none so far.", flag_values=values
+        "distribute",
+        "none",
+        ["none", "mirrored", "multi_worker"],
+        "Distribution strategy; only none so far.",
+        flag_values=values,
     )
     flags.DEFINE_bool("jit_compile", False, "Compile the training step with XLA.", flag_values=values)
     for name, value, lower, upper, text in (
@@ -140,15 +148,37 @@ def define_flags(task: Task, values: flags.FlagValues) -> list[str]:
         ("epochs", default["epochs"], 1, 100_000, "Passes over the training part, 1 or more."),
         ("steps_per_epoch", None, 1, None, "Batches in an epoch, at most what the data set has. Default: all of it."),
         ("seed", 0, 0, 2**31 - 1, "Seed of weights, order and augmentation, 0 to 2^31-1."),
-        ("dynamic_growth_steps", 2000, 1, None, "Good steps in a row before the loss scale doubles (float16 only), 1 or more."),
-        ("saved_model_version", None, 1, None, "Version of the bundle, a positive integer. Default: the next free one."),
+        (
+            "dynamic_growth_steps",
+            2000,
+            1,
+            None,
+            "Good steps in a row before the loss scale doubles (float16 only), 1 or more.",
+        ),
+        (
+            "saved_model_version",
+            None,
+            1,
+            None,
+            "Version of the bundle, a positive integer. Default: the next free one.",
+        ),
     ):
         flags.DEFINE_integer(name, value, text, lower_bound=lower, upper_bound=upper, flag_values=values)
     flags.DEFINE_float(
-        "initial_scale", 2.0**15, "First loss scale (float16 only), 2^-14 to 2^24.", 2.0**-14, 2.0**24, flag_values=values
+        "initial_scale",
+        2.0**15,
+        "First loss scale (float16 only), 2^-14 to 2^24.",
+        2.0**-14,
+        2.0**24,
+        flag_values=values,
     )
     flags.DEFINE_float(
-        "learning_rate", default["learning_rate"], "Highest learning rate, above 0 to 10.", 1e-12, 10.0, flag_values=values
+        "learning_rate",
+        default["learning_rate"],
+        "Highest learning rate, above 0 to 10.",
+        1e-12,
+        10.0,
+        flag_values=values,
     )
     task.define_flags(values)
     names = sorted(set(values) - others)
@@ -214,7 +244,9 @@ def run(task: Task, options: types.SimpleNamespace) -> tfhalf.Manifest:
     model = build(task, options, data)
     measured = tfhalf.coverage(model)
     say(f"{task.name} on {options.dataset}, {options.plan.default}: {model.count_params():,} parameters")
-    say(f"{measured.multiply_adds_in_half:.1%} of multiply-adds in half; float32 islands: {', '.join(measured.islands) or 'none'}")
+    say(
+        f"{measured.multiply_adds_in_half:.1%} of multiply-adds in half; float32 islands: {', '.join(measured.islands) or 'none'}"
+    )
     say(f"workdir {workdir}")
 
     progress = training.fit(
@@ -300,7 +332,9 @@ def _version_folder(base: Path, version: int | None) -> Path:
     except OSError as error:
         raise AppError(f"--saved_model_dir: can't write {base}: {error.strerror}; choose another folder") from error
     if version is not None and version in taken:
-        raise AppError(f"--saved_model_version={version}: {base / str(version)} exists; choose another version or leave it out")
+        raise AppError(
+            f"--saved_model_version={version}: {base / str(version)} exists; choose another version or leave it out"
+        )
     return base / str(version or max(taken, default=0) + 1)
 
 
@@ -359,7 +393,12 @@ def _record(task: Task, workdir: Path, config, progress, scores, model, bundle: 
 def _summary(task: Task, workdir: Path, bundle: Path, manifest: tfhalf.Manifest, measured, progress, model) -> str:
     metrics = manifest.metadata["metrics"]
     float32_bytes = sum(int(np.prod(weight.shape)) * 4 for weight in model.weights)
-    lines = ["", task.describe(metrics["trained"]), "", f"  {'computed by':34} " + " ".join(f"{k:>10}" for k in metrics["trained"])]
+    lines = [
+        "",
+        task.describe(metrics["trained"]),
+        "",
+        f"  {'computed by':34} " + " ".join(f"{k:>10}" for k in metrics["trained"]),
+    ]
     computed = {"trained": "the trained model", "trained, in float32": "the same weights in float32"}
     for key, score in metrics.items():
         values = " ".join(f"{value:10.4f}" for value in score.values())

@@ -39,6 +39,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
+import tfhalf
 from tfhalf import precision
 
 # Largest difference to the training model, as a share of the largest output (at least 1). Weights are rounded to
@@ -53,7 +54,7 @@ _EXTRA = "assets.extra"
 _MANIFEST = f"{_EXTRA}/manifest.json"
 _INPUTS = f"{_EXTRA}/sample_inputs.npz"
 _OUTPUTS = f"{_EXTRA}/sample_outputs.npz"
-_PACKAGES = ("tfhalf", "tensorflow", "keras", "numpy", "protobuf")
+_PACKAGES = ("tensorflow", "keras", "numpy", "protobuf")
 
 _SAVER_OPS = {"SaveV2", "RestoreV2", "MergeV2Checkpoints", "ShardedFilename"}
 _FORBIDDEN_OPS = {
@@ -105,7 +106,7 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Writes the manifest into its bundle."""
-        text = json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
+        text = json.dumps(dataclasses.asdict(self), indent=2)
         (directory / _MANIFEST).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -272,7 +273,7 @@ def _write(model, stage: Path, samples, serve, input_signature, storage_dtype, t
         }
     manifest = Manifest(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        versions={package: importlib.metadata.version(package) for package in _PACKAGES},
+        versions={"tfhalf": tfhalf.__version__} | {name: importlib.metadata.version(name) for name in _PACKAGES},
         storage_dtype=storage_dtype,
         kept=kept,
         signatures=signatures,
@@ -297,7 +298,7 @@ def _serve_model(model: keras.Model):
 
     def serve(**inputs):
         outputs = model([inputs[name] for name in names] if len(names) > 1 else inputs[names[0]], training=False)
-        return dict(zip(model.output_names, tf.nest.flatten(outputs), strict=True))
+        return dict(zip(precision.output_names(model, outputs), tf.nest.flatten(outputs), strict=True))
 
     return serve, signature
 

@@ -227,14 +227,25 @@ def require_float32_outputs(model: keras.Model, inputs=None) -> None:
         ValueError: an output isn't float32; the message says which and how to mend it.
     """
     _, outputs = _trace(model, inputs)
-    names = getattr(model, "output_names", None) or []
-    for index, output in enumerate(tf.nest.flatten(outputs)):
+    for name, output in zip(output_names(model, outputs), tf.nest.flatten(outputs), strict=True):
         if output.dtype in (tf.float16, tf.bfloat16):
-            name = names[index] if index < len(names) else f"output {index}"
             raise ValueError(
                 f"model {model.name!r}: {name} is {output.dtype.name}, but a model's outputs must be float32. Give the last "
                 f'layer dtype="float32", or add PrecisionPlan(layers={{"{name}": "float32"}}).apply(model)'
             )
+
+
+def output_names(model: keras.Model, outputs) -> list[str]:
+    """Returns a name for each of a model's outputs: the layers' that make them, where the model knows them.
+
+    Args:
+        model: a built model.
+        outputs: what calling it returned.
+    """
+    if isinstance(model, keras.Sequential):
+        return [model.layers[-1].name]
+    own = getattr(model, "output_names", None)
+    return own or [f"output_{index}" for index in range(len(tf.nest.flatten(outputs)))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,7 +375,8 @@ def _trace(model: keras.Model, inputs):
     if inputs is not None:
         specs = tf.nest.map_structure(lambda value: tf.TensorSpec(np.shape(value), tf.as_dtype(value.dtype)), inputs)
     elif getattr(model, "inputs", None):
-        specs = tf.nest.map_structure(lambda tensor: tf.TensorSpec([1, *tensor.shape[1:]], tensor.dtype), model.input)
+        own = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+        specs = tf.nest.map_structure(lambda tensor: tf.TensorSpec([1, *tensor.shape[1:]], tensor.dtype), own)
     else:
         raise ValueError(f"model {model.name!r} doesn't know its input shapes; pass inputs=<a sample batch>")
     outputs = []

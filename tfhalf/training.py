@@ -146,6 +146,7 @@ def fit(
                 epochs=epoch + 1,
                 steps_per_epoch=steps_per_epoch - first,
                 validation_data=validation_data,
+                shuffle=False,
                 verbose=0,
                 callbacks=[
                     _ProgressBar(steps_per_epoch, first, epochs, report),
@@ -269,7 +270,10 @@ class _TensorBoard(keras.callbacks.Callback):
         if self._begun:
             return
         self._begun = True
-        plain = {key: value if isinstance(value, int | float | str) else json.dumps(value) for key, value in self._config.items()}
+        plain = {
+            key: value if isinstance(value, int | float | str) else json.dumps(value)
+            for key, value in self._config.items()
+        }
         table = "\n".join(f"| {key} | `{value}` |" for key, value in plain.items())
         with self._train.as_default(0):
             tf.summary.text("settings", f"| setting | value |\n|---|---|\n{table}")

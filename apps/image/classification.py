@@ -37,12 +37,21 @@ _SHOWN = 16
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines what this task adds to the shared flags."""
-    flags.DEFINE_string("model", "convnet", "convnet, resnet, or keras_hub:<preset> (a name from the web, or a folder).", flag_values=values)
+    flags.DEFINE_string(
+        "model",
+        "convnet",
+        "convnet, resnet, or keras_hub:<preset> (a name from the web, or a folder).",
+        flag_values=values,
+    )
     flags.DEFINE_integer("depth", 20, "Layers of resnet: 6n+2, 8 to 1202.", 8, 1202, flag_values=values)
-    flags.DEFINE_integer("image_size", 32, "Height and width in pixels that the model sees, 16 to 1024.", 16, 1024, flag_values=values)
-    flags.DEFINE_enum("augment", "shift", ["none", "shift", "shift_flip"], "Random changes of training pictures: shifts by up to an "
+    flags.DEFINE_integer(
+        "image_size", 32, "Height and width in pixels that the model sees, 16 to 1024.", 16, 1024, flag_values=values
+    )
+    flags.DEFINE_enum("augment", "shift", ["none", "shift", "flip", "shift_flip"], "Random changes of training pictures: shifts by up to an "
                       "eighth, mirror images.", flag_values=values)  # fmt: skip
-    flags.DEFINE_float("label_smoothing", 0.05, "Share of each target spread over all classes, 0 to 0.5.", 0.0, 0.5, flag_values=values)
+    flags.DEFINE_float(
+        "label_smoothing", 0.05, "Share of each target spread over all classes, 0 to 0.5.", 0.0, 0.5, flag_values=values
+    )
     flags.DEFINE_float("weight_decay", 1e-4, "Share of each weight taken off per step and unit of learning rate, 0 to 1.", 0.0, 1.0,
                        flag_values=values)  # fmt: skip
 
@@ -68,9 +77,9 @@ def build_model(options, data: runner.Data) -> keras.Model:
 def _augmentation(options) -> keras.Layer:
     """Random changes, in float32: half can't count the pixels of a large picture."""
     layers: list[keras.Layer] = []
-    if options.augment != "none":
+    if "shift" in options.augment:
         layers.append(keras.layers.RandomTranslation(0.125, 0.125, fill_mode="constant", dtype="float32", name="shift"))
-    if options.augment == "shift_flip":
+    if "flip" in options.augment:
         layers.append(keras.layers.RandomFlip("horizontal", dtype="float32", name="flip"))
     return keras.Sequential([*layers, keras.layers.Identity(dtype="float32", name="done")], name="augment")
 
@@ -124,10 +133,14 @@ def _pretrained_features(x, preset: str):
         converter = keras_hub.layers.ImageConverter.from_preset(preset)
     except Exception as error:  # KerasHub passes on what each of its four download clients raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise runner.AppError(f"--model=keras_hub:{preset} can't be loaded: {reason}; it needs the web, or a folder") from error
+        raise runner.AppError(
+            f"--model=keras_hub:{preset} can't be loaded: {reason}; it needs the web, or a folder"
+        ) from error
     if x.shape[-1] == 1:
         x = keras.layers.Concatenate(dtype="float32", name="grey_to_rgb")([x, x, x])
-    scale, offset = (np.asarray(v if v is not None else d, "float32") for v, d in ((converter.scale, 1.0), (converter.offset, 0.0)))
+    scale, offset = (
+        np.asarray(v if v is not None else d, "float32") for v, d in ((converter.scale, 1.0), (converter.offset, 0.0))
+    )
     x = keras.layers.Rescaling(scale.tolist(), offset=offset.tolist(), dtype="float32", name="scale")(x)
     features = backbone(x)
     return keras.layers.GlobalAveragePooling2D(name="pool")(features)
@@ -189,7 +202,9 @@ def load_data(options) -> runner.Data:
 
     train_set, num_train = read(train)
     if num_train < options.batch_size:
-        raise runner.AppError(f"--batch_size={options.batch_size} is more than the {num_train} training pictures; lower it")
+        raise runner.AppError(
+            f"--batch_size={options.batch_size} is more than the {num_train} training pictures; lower it"
+        )
     buffer = max(1, min(num_train, _SHUFFLE_BYTES // (options.image_size**2 * channels * 4)))
 
     def train_data(epoch: int) -> tf.data.Dataset:
@@ -218,7 +233,9 @@ def _splits(builder: tfds.core.DatasetBuilder) -> tuple[str, str, str]:
     names = set(builder.info.splits)
     test = "test" if "test" in names else "validation"
     if "train" not in names or test not in names:
-        raise runner.AppError(f"{builder.name} has the splits {', '.join(sorted(names))}; needed: train, and test or validation")
+        raise runner.AppError(
+            f"{builder.name} has the splits {', '.join(sorted(names))}; needed: train, and test or validation"
+        )
     if test == "test" and "validation" in names:
         return "train", "validation", "test"
     return "train[:90%]", "train[90%:]", test

@@ -1,0 +1,51 @@
+"""Fetches and prepares data sets.
+
+    python -m apps.data --dataset=mnist_5k,fashion_mnist
+
+An app does this by itself when its data set isn't there yet; this program does it beforehand. What is there already is
+left alone; a killed run goes on from what was fetched.
+"""
+
+import sys
+
+import tensorflow_datasets as tfds
+from absl import app, flags, logging
+
+from apps import runner
+from tfhalf import datasets
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines this program's flags."""
+    flags.DEFINE_list(
+        "dataset", None, "Data sets, separated by commas: TFDS names, or mnist_5k.", flag_values=values, required=True
+    )
+    flags.DEFINE_string(
+        "data_dir", None, "Folder for them. Default: TFDS's, ~/tensorflow_datasets.", flag_values=values
+    )
+
+
+def main() -> None:
+    """Runs the program."""
+    define_flags(flags.FLAGS)
+    logging.set_verbosity(logging.WARNING)
+    app.run(lambda argv: sys.exit(runner.exit_code(_run, argv)))
+
+
+def _run(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise runner.AppError(f"unexpected argument {argv[1]!r}: give names as --dataset=a,b")
+    values = flags.FLAGS
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    for name in values.dataset:  # a misspelt name is told before the first hour of downloads
+        datasets.describe(name, values.data_dir)
+    for name in values.dataset:
+        builder = datasets.prepare(name, values.data_dir, runner.say)
+        splits = ", ".join(f"{split} {about.num_examples:,}" for split, about in builder.info.splits.items())
+        runner.say(f"{name}: {splits}; {builder.info.dataset_size} in {builder.data_path}")
+        runner.say(f"  {' '.join(builder.info.description.split())}")
+
+
+if __name__ == "__main__":
+    main()

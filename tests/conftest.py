@@ -1,0 +1,78 @@
+"""What several tests share: real data, one real training run, one bundle."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def run_module(*arguments: str, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
+    """Runs `python -m ...` as a user does."""
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        **options,
+    )
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> str:
+    """TFDS's folder with the real mnist_5k, fetched by the program that users run."""
+    folder = tmp_path_factory.mktemp("data")
+    result = run_module("apps.data", "--dataset=mnist_5k", f"--data_dir={folder}")
+    assert result.returncode == 0, result.stderr
+    assert "train 4,000, test 1,000" in result.stdout
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, data_dir):
+    """A short run of the real command line in mixed_float16: (arguments, its folder, what it printed)."""
+    folder = tmp_path_factory.mktemp("trained")
+    arguments = ["apps.image.classification", f"--data_dir={data_dir}", "--epochs=2", "--steps_per_epoch=40"]
+    arguments += ["--batch_size=48", "--seed=3"]
+    result = run_module(*arguments, f"--workdir={folder}/run", f"--saved_model_dir={folder}/saved_models")
+    assert result.returncode == 0, result.stderr
+    return arguments, folder, result.stdout
+
+
+@pytest.fixture
+def build_convnet():
+    """A function that builds a small network with the layers that matter to half precision."""
+    import keras
+
+    def build(policy: str = "mixed_float16", output: str | None = "float32") -> keras.Model:
+        before = keras.config.dtype_policy()
+        keras.utils.set_random_seed(1)
+        keras.config.set_dtype_policy(policy)
+        try:
+            pictures = keras.Input([8, 8, 3], name="picture")
+            x = keras.layers.Conv2D(16, 3, padding="same", name="conv")(pictures)
+            x = keras.layers.BatchNormalization(name="norm")(x)
+            x = keras.layers.Activation("relu", name="relu")(x)
+            x = keras.layers.Dropout(0.3, seed=2, name="dropout")(x)
+            x = keras.layers.Flatten(name="flatten")(x)
+            x = keras.layers.Dense(64, activation="relu", name="dense")(x)
+            x = keras.layers.Dense(3, dtype=output, name="head")(x)
+            return keras.Model(pictures, x, name="small")
+        finally:
+            keras.config.set_dtype_policy(before)
+
+    return build
+
+
+@pytest.fixture
+def pictures() -> np.ndarray:
+    """Twelve random pictures, float32 [12, 8, 8, 3]."""
+    return np.random.default_rng(5).normal(size=[12, 8, 8, 3]).astype("float32")

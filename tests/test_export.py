@@ -1,0 +1,339 @@
+"""The bundle: what is in it, what it answers, and that nothing is ever half there."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow_serving.apis import prediction_log_pb2
+
+import tfhalf
+from tfhalf import export
+
+FLOAT16_ROUNDOFF = 2.0**-11
+
+
+@pytest.fixture(scope="module")
+def trained_model():
+    """A mixed_float16 model whose BatchNormalization has real statistics."""
+    keras.utils.set_random_seed(4)
+    with tfhalf.PrecisionPlan().scope():
+        inputs = keras.Input([16, 16, 3], name="picture")
+        x = keras.layers.Conv2D(32, 3, name="conv")(inputs)
+        x = keras.layers.BatchNormalization(name="norm")(x)
+        x = keras.layers.LeakyReLU(name="act")(x)
+        x = keras.layers.MaxPooling2D(4)(x)
+        x = keras.layers.Reshape([9, 32])(x)
+        x = keras.layers.Bidirectional(keras.layers.GRU(32, return_sequences=True, name="gru"), name="both")(x)
+        x = keras.layers.MultiHeadAttention(2, 16, name="attention")(x, x)
+        x = keras.layers.Flatten()(x)
+        x = keras.layers.Dense(256, activation="gelu", name="dense")(x)
+        model = keras.Model(inputs, keras.layers.Dense(10, dtype="float32", name="logits")(x))
+    random = np.random.default_rng(0)
+    model.compile("adam", "mse")
+    model.fit(random.normal(3, 2, [64, 16, 16, 3]), random.normal(size=[64, 10]), verbose=0, epochs=2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return np.random.default_rng(1).normal(3, 2, [6, 16, 16, 3]).astype("float32")
+
+
+@pytest.fixture(scope="module")
+def bundle(trained_model, samples, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "model" / "1"
+    tfhalf.export_saved_model(trained_model, folder, inputs=samples, metadata={"task": "test"})
+    return folder
+
+
+@pytest.fixture
+def copy(bundle, tmp_path) -> Path:
+    return Path(shutil.copytree(bundle, tmp_path / "copy" / "1"))
+
+
+def graph_of(folder: Path):
+    proto = saved_model_pb2.SavedModel()
+    proto.ParseFromString((folder / "saved_model.pb").read_bytes())
+    return proto.meta_graphs[0]
+
+
+def test_answers_like_the_model_in_every_signature(bundle, trained_model, samples):
+    # predict is stock Keras in mixed_float16; the float32 oracle is a twin with the same weights.
+    mixed = trained_model.predict(samples, verbose=0)
+    with tfhalf.precision.computing_in(trained_model, "float32"):
+        trained_model.predict_function = None
+        float32 = trained_model.predict(samples, verbose=0)
+    trained_model.predict_function = None
+    for signature, expected, roundoff in (
+        ("serving_default", mixed, FLOAT16_ROUNDOFF),
+        ("serving_float32", float32, FLOAT16_ROUNDOFF),
+        ("serving_bfloat16", float32, 2.0**-8),
+    ):
+        outputs = tfhalf.load_saved_model(bundle, signature)(samples)
+        assert outputs.keys() == {"logits"}
+        assert outputs["logits"].dtype == np.float32
+        np.testing.assert_allclose(outputs["logits"], expected, atol=8 * roundoff * np.abs(expected).max())
+
+
+def test_signatures_compute_in_what_they_say(bundle):
+    meta = graph_of(bundle)
+    functions = {function.signature.name: function for function in meta.graph_def.library.function}
+    calls = {node.name: node.attr["f"].func.name for node in meta.graph_def.node if node.op == "StatefulPartitionedCall"}
+    dtypes = {}
+    for name, signature in meta.signature_def.items():
+        if name.startswith("__"):
+            continue
+        todo, seen = [calls[next(iter(signature.outputs.values())).name.split(":")[0]]], set()
+        while todo:
+            function = functions[todo.pop()]
+            for node in function.node_def:
+                if node.op in ("Conv2D", "BatchMatMulV2", "Einsum"):
+                    seen.add(tf.as_dtype(node.attr["T"].type).name)
+                todo += [a.func.name for a in node.attr.values() if a.func.name in functions]
+        dtypes[name] = seen
+    assert dtypes == {"serving_default": {"float16"}, "serving_float32": {"float32"}, "serving_bfloat16": {"bfloat16"}}
+
+
+def test_variables_are_half_the_size_and_stored_once(bundle, trained_model, samples, tmp_path):
+    full = tfhalf.export_saved_model(trained_model, tmp_path / "1", inputs=samples, storage_dtype="float32")
+    half = export.Manifest.read(bundle)
+    assert half.sizes["variables"] <= 0.52 * full.sizes["variables"]
+    assert half.fingerprint == full.fingerprint  # the same interface
+    stored = tf.train.list_variables(str(bundle / "variables" / "variables"))
+    count = sum(int(np.prod(shape)) for name, shape in stored if "OBJECT_GRAPH" not in name)
+    assert count == sum(int(np.prod(weight.shape)) for weight in trained_model.weights)
+    outputs = tfhalf.load_saved_model(tmp_path / "1")(samples)["logits"]
+    np.testing.assert_allclose(outputs, trained_model.predict(samples, verbose=0), rtol=1e-5, atol=1e-5)
+
+
+def test_manifest_tells_what_it_is(bundle):
+    manifest = tfhalf.verify(bundle)
+    assert manifest.metadata == {"task": "test"}
+    assert manifest.storage_dtype == "float16"
+    assert manifest.versions["keras"] == keras.__version__
+    assert manifest.signatures["serving_default"]["inputs"] == {"picture": {"dtype": "float32", "shape": [None, 16, 16, 3]}}
+    assert manifest.signatures["serving_default"]["compute_dtypes"] == ["float16", "float32"]
+    assert 0 < manifest.signatures["serving_default"]["max_error"]["logits"] < 1e-2
+    assert manifest.files.keys() >= {"saved_model.pb", "fingerprint.pb", "assets.extra/tf_serving_warmup_requests"}
+    assert json.loads((bundle / "assets.extra/manifest.json").read_text())["files"] == manifest.files
+
+
+def test_warmup_requests_fit_the_signature(bundle, samples):
+    path = str(bundle / "assets.extra" / "tf_serving_warmup_requests")
+    logs = [prediction_log_pb2.PredictionLog.FromString(r.numpy()) for r in tf.data.TFRecordDataset(path)]
+    served = tfhalf.load_saved_model(bundle)
+    for log, sample in zip(logs, samples, strict=False):
+        array = tf.make_ndarray(log.predict_log.request.inputs["picture"])
+        np.testing.assert_array_equal(array, sample[np.newaxis])
+        assert served(array)["logits"].shape == (1, 10)
+    assert len(logs) == 4
+
+
+def test_saved_model_cli_reads_it(bundle):
+    tool = Path(sys.executable).with_name("saved_model_cli")
+    command = [tool, "show", "--dir", bundle, "--tag_set", "serve", "--signature_def", "serving_default"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "dtype: DT_FLOAT" in shown
+    assert "DT_HALF" not in shown
+
+
+def test_runs_without_keras(bundle, samples, tmp_path):
+    np.save(tmp_path / "x.npy", samples)
+    code = (
+        "import sys\n"
+        "sys.modules['keras'] = sys.modules['tfhalf'] = None  # importing them would fail\n"
+        "import numpy as np, tensorflow as tf\n"
+        f"f = tf.saved_model.load({str(bundle)!r}).signatures['serving_default']\n"
+        f"print(f(picture=tf.constant(np.load({str(tmp_path / 'x.npy')!r})))['logits'].shape)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/").stdout
+    assert printed == "(6, 10)\n"
+
+
+@pytest.mark.parametrize("damage", ["flip a bit", "truncate", "remove", "add", "no manifest", "broken manifest"])
+def test_damage_is_found_before_loading(copy, samples, damage):
+    data = copy / "variables" / "variables.data-00000-of-00001"
+    if damage == "flip a bit":
+        content = bytearray(data.read_bytes())
+        content[1000] ^= 1
+        data.write_bytes(content)
+    elif damage == "truncate":
+        os.truncate(copy / "saved_model.pb", 100)
+    elif damage == "remove":
+        (copy / "fingerprint.pb").unlink()
+    elif damage == "add":
+        (copy / "assets" / "more.txt").write_text("x")
+    elif damage == "no manifest":
+        (copy / "assets.extra" / "manifest.json").unlink()
+    else:
+        (copy / "assets.extra" / "manifest.json").write_text('{"files": {')
+    for check in (tfhalf.load_saved_model, tfhalf.verify):
+        with pytest.raises(tfhalf.ExportError, match=str(copy)):
+            check(copy)
+
+
+def test_verify_runs_the_signatures(copy):
+    # A bundle whose hashes are right and whose answers are wrong.
+    with np.load(copy / "assets.extra" / "sample_outputs.npz") as file:
+        outputs = dict(file)
+    outputs["serving_float32/logits"] = outputs["serving_float32/logits"] + 0.5
+    np.savez(copy / "assets.extra" / "sample_outputs.npz", **outputs)
+    manifest = export.Manifest.read(copy)
+    manifest.files.update(export._hashes(copy))
+    manifest.write(copy)
+    with pytest.raises(tfhalf.ExportError, match="serving_float32: logits differs from the training model by"):
+        tfhalf.verify(copy)
+
+
+def test_wrong_inputs_are_named(bundle, samples):
+    served = tfhalf.load_saved_model(bundle)
+    for inputs in ({"pictures": samples}, {"picture": samples[..., :2]}, {"picture": np.array(["a"])}, {}):
+        with pytest.raises(tfhalf.ExportError, match=r"picture.*float32"):
+            served(inputs)
+    with pytest.raises(tfhalf.ExportError, match="it has serving_default, serving_float32, serving_bfloat16"):
+        tfhalf.load_saved_model(bundle, "serving_float8")
+
+
+def dense(weights: np.ndarray, name: str = "dense") -> keras.Model:
+    """y = x W, in mixed_float16 with a float32 head."""
+    with tfhalf.PrecisionPlan("float32").scope():
+        model = keras.Sequential(
+            [keras.Input([len(weights)], name="x"), keras.layers.Dense(weights.shape[1], use_bias=False, name=name)]
+        )
+    model.set_weights([weights])
+    return model
+
+
+def test_guard_keeps_what_float16_cannot_hold(tmp_path):
+    with tfhalf.PrecisionPlan().scope():
+        inputs = keras.Input([4], name="x")
+        x = keras.layers.BatchNormalization(name="norm")(inputs)
+        model = keras.Model(inputs, keras.layers.Dense(2, dtype="float32", name="y")(x))
+    norm = model.get_layer("norm")
+    norm.moving_variance.assign([1.0, 2.0, 70000.0, 1e9])
+    norm.gamma.assign([1e-9, 2.0, 3.0, 4.0])
+    inputs = 1000 * np.ones([3, 4], "float32")
+    manifest = tfhalf.export_saved_model(model, tmp_path / "1", inputs=inputs)
+    assert manifest.kept.keys() == {"norm/moving_variance", "norm/gamma"}
+    assert "2 of its 4 values are too large" in manifest.kept["norm/moving_variance"]
+    assert "25.0% of its values would become 0" in manifest.kept["norm/gamma"]
+    served = tfhalf.load_saved_model(tmp_path / "1")(inputs)["y"]
+    np.testing.assert_allclose(served, model.predict(inputs, verbose=0), rtol=1e-2)
+
+
+@given(hnp.arrays(np.float32, hnp.array_shapes(max_dims=2), elements=st.floats(-1e6, 1e6, width=32)))
+def test_guard_agrees_with_numpy(value):
+    with np.errstate(over="ignore"):
+        half = value.astype(np.float16)
+    keep = bool(np.isinf(half).any()) or np.sum((value != 0) & (half == 0)) > 0.01 * max(1, np.sum(value != 0))
+    assert bool(export._why_keep(value, "float16")) == keep
+
+
+def test_nothing_is_published_when(tmp_path, trained_model, samples):
+    base = tmp_path / "model"
+
+    def refused(message, model=trained_model, **arguments):
+        with pytest.raises(tfhalf.ExportError, match=message):
+            tfhalf.export_saved_model(model, base / "1", **{"inputs": samples, **arguments})
+        assert not base.exists() or not list(base.iterdir()), "something was left behind"
+
+    bad = dense(np.array([[1.0], [np.nan]], "float32"))
+    refused("weight .*dense/kernel holds non-finite", bad, inputs=np.ones([1, 2]))
+    overflow = dense(np.array([[3e38], [3e38]], "float32"))
+    refused("serving_default: dense differs.*non-finite", overflow, inputs=np.full([1, 2], 9, "float32"))
+    refused("storage_dtype must be one of", storage_dtype="float8")
+    refused("inputs must be picture", inputs={"image": samples})
+    refused("more than the tolerance 1e-12", tolerance=1e-12)
+    refused("output y is float16", serve=lambda x: {"y": tf.cast(x, tf.float16)}, inputs={"x": np.ones([1], "float32")},
+            input_signature={"x": tf.TensorSpec([None], tf.float32)})  # fmt: skip
+    refused("EagerPyFunc.*needs this Python process", inputs={"x": np.ones([1], "float32")},
+            serve=lambda x: {"y": tf.ensure_shape(tf.py_function(lambda v: v, [x], tf.float32), [None])},
+            input_signature={"x": tf.TensorSpec([None], tf.float32)})  # fmt: skip
+    refused("ReadFile.*server's files", inputs={"x": np.array(["/etc/hostname"])},
+            serve=lambda x: {"y": tf.map_fn(tf.io.read_file, x)},
+            input_signature={"x": tf.TensorSpec([None], tf.string)})  # fmt: skip
+
+    def lost(stage):
+        assert (stage / "saved_model.pb").exists()
+        raise tfhalf.ExportError("the metric fell")
+
+    refused("the metric fell", metadata=lost)
+
+
+def test_existing_versions_stay_as_they_are(copy, trained_model, samples):
+    before = export._hashes(copy)
+    with pytest.raises(tfhalf.ExportError, match="exists; choose another version"):
+        tfhalf.export_saved_model(trained_model, copy, inputs=samples)
+    assert export._hashes(copy) == before
+    assert os.listdir(copy.parent) == ["1"]
+
+
+def test_version_that_appears_meanwhile_is_not_replaced(tmp_path, samples, trained_model):
+    def race(stage):
+        (tmp_path / "1").mkdir()
+        (tmp_path / "1" / "theirs").touch()
+        return {}
+
+    with pytest.raises(tfhalf.ExportError, match="exists"):
+        tfhalf.export_saved_model(trained_model, tmp_path / "1", inputs=samples, metadata=race)
+    assert os.listdir(tmp_path / "1") == ["theirs"]
+
+
+def test_unwritable_place_is_named(tmp_path, trained_model, samples):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(tfhalf.ExportError, match=r"can't write .*file/1.*nothing was published"):
+        tfhalf.export_saved_model(trained_model, tmp_path / "file" / "1", inputs=samples)
+
+
+SCRIPT = """
+import resource, signal, sys, time
+import keras, numpy as np, tfhalf
+model = keras.Sequential([keras.Input([512], name="x"), keras.layers.Dense(512, name="y")])
+def slow(stage):
+    print("staged", flush=True)
+    time.sleep(60)
+if sys.argv[2] == "full":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+try:
+    tfhalf.export_saved_model(model, sys.argv[1], inputs=np.ones([2, 512], "float32"), metadata=slow)
+except tfhalf.ExportError as error:
+    print(error)
+"""
+
+
+def test_full_disk_leaves_nothing(tmp_path):
+    # A limit on the size of files fails writes in the middle, as a full disk does.
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "model" / "1"), "full"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert "can't write" in result.stdout
+    assert "nothing was published" in result.stdout
+    assert os.listdir(tmp_path / "model") == []
+
+
+def test_killed_export_publishes_nothing_and_is_swept_up(tmp_path, trained_model, samples):
+    base = tmp_path / "model"
+    killed = subprocess.Popen([sys.executable, "-c", SCRIPT, str(base / "1"), "kill"], stdout=subprocess.PIPE, text=True)
+    assert killed.stdout.readline() == "staged\n"
+    assert [name[:10] for name in os.listdir(base)] == [".staging-1"]
+    # While that process lives, its folder is left alone.
+    tfhalf.export_saved_model(trained_model, base / "2", inputs=samples)
+    assert len(os.listdir(base)) == 2
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    time.sleep(0.1)
+    tfhalf.export_saved_model(trained_model, base / "3", inputs=samples)
+    assert sorted(os.listdir(base)) == ["2", "3"]
