@@ -4,8 +4,8 @@ An app describes its task as a value, a `Task` of plain functions; the flags tha
 The functions get the parsed flags as `options`, a namespace; nothing else reads flags.
 
 The exported function is scored four times on the test part with the task's own metric: the trained model as it
-computes, the same weights in float32, and both again from the artefact on disk. An artefact whose metric differs from the
-trained model's by more than the task's margin isn't published.
+computes, the same weights in float32, and both again from the artefact on disk. An artefact whose metric differs
+from the trained model's by more than the task's margin isn't published.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import os
 import shlex
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,70 +116,33 @@ def main(task: Task) -> None:
 
 def define_flags(task: Task, values: flags.FlagValues) -> list[str]:
     """Defines the shared flags and the task's own; returns their names."""
-    default = task.defaults
-    others = set(values)
-    for name, kind, value, text in (
-        ("dataset", flags.DEFINE_string, default["dataset"], "Data set: a TFDS name, or one that tfhalf reads out of a package."),
-        ("data_dir", flags.DEFINE_string, None, "Folder of prepared data sets. Default: TFDS's, ~/tensorflow_datasets."),
-        ("precision_plan", flags.DEFINE_string, None, "JSON file of a tfhalf.PrecisionPlan; instead of --dtype_policy."),
-        ("workdir", flags.DEFINE_string, None, "Folder of the run: checkpoints, TensorBoard, metrics.json; the same command again "
-         "resumes. Default: runs/<name>-<settings>."),
-        ("saved_model_dir", flags.DEFINE_string, "saved_models", "Folder that bundles are published in."),
-        ("saved_model_name", flags.DEFINE_string, None, "Name of the bundle. Default: <task>_<data set>."),
-    ):  # fmt: skip
-        kind(name, value, text, flag_values=values)
-    flags.DEFINE_enum(
-        "dtype_policy",
-        "mixed_float16",
-        POLICIES,
-        "Keras dtype policy that the model is built under.",
-        flag_values=values,
-    )
-    flags.DEFINE_enum(
-        "distribute",
-        "none",
-        ["none", "mirrored", "multi_worker"],
-        "Distribution strategy; only none so far.",
-        flag_values=values,
-    )
-    flags.DEFINE_bool("jit_compile", False, "Compile the training step with XLA.", flag_values=values)
-    for name, value, lower, upper, text in (
-        ("batch_size", default["batch_size"], 1, 2**20, "Examples in a batch, 1 or more."),
-        ("epochs", default["epochs"], 1, 100_000, "Passes over the training part, 1 or more."),
-        ("steps_per_epoch", None, 1, None, "Batches in an epoch, at most what the data set has. Default: all of it."),
-        ("seed", 0, 0, 2**31 - 1, "Seed of weights, order and augmentation, 0 to 2^31-1."),
-        (
-            "dynamic_growth_steps",
-            2000,
-            1,
-            None,
-            "Good steps in a row before the loss scale doubles (float16 only), 1 or more.",
-        ),
-        (
-            "saved_model_version",
-            None,
-            1,
-            None,
-            "Version of the bundle, a positive integer. Default: the next free one.",
-        ),
-    ):
-        flags.DEFINE_integer(name, value, text, lower_bound=lower, upper_bound=upper, flag_values=values)
-    flags.DEFINE_float(
-        "initial_scale",
-        2.0**15,
-        "First loss scale (float16 only), 2^-14 to 2^24.",
-        2.0**-14,
-        2.0**24,
-        flag_values=values,
+    here, default, others = {"flag_values": values}, task.defaults, set(values)
+    flags.DEFINE_string("dataset", default["dataset"], "Data set: a TFDS name, or one that a package carries.", **here)
+    flags.DEFINE_string("data_dir", None, "Folder of data sets. Default: TFDS's, ~/tensorflow_datasets.", **here)
+    flags.DEFINE_enum("dtype_policy", "mixed_float16", POLICIES, "Keras dtype policy the model is built under.", **here)
+    flags.DEFINE_string(
+        "precision_plan", None, "JSON file of a tfhalf.PrecisionPlan; instead of --dtype_policy.", **here
     )
     flags.DEFINE_float(
-        "learning_rate",
-        default["learning_rate"],
-        "Highest learning rate, above 0 to 10.",
-        1e-12,
-        10.0,
-        flag_values=values,
+        "initial_scale", 2.0**15, "First loss scale (float16), 2^-14 to 2^24.", 2.0**-14, 2.0**24, **here
     )
+    growth_help = "Good steps in a row before the loss scale doubles (float16), 1 or more."
+    flags.DEFINE_integer("dynamic_growth_steps", 2000, growth_help, 1, **here)
+    flags.DEFINE_integer("batch_size", default["batch_size"], "Examples in a batch, 1 or more.", 1, **here)
+    flags.DEFINE_integer("epochs", default["epochs"], "Passes over the training part, 1 or more.", 1, **here)
+    flags.DEFINE_integer("steps_per_epoch", None, "Batches in an epoch, 1 or more. Default: all there are.", 1, **here)
+    flags.DEFINE_float("learning_rate", default["learning_rate"], "Highest rate, above 0 to 10.", 1e-12, 10.0, **here)
+    flags.DEFINE_integer("seed", 0, "Seed of weights, order and augmentation, 0 to 2^31-1.", 0, 2**31 - 1, **here)
+    workdir_help = (
+        "Folder of the run: checkpoints, TensorBoard, metrics.json. The same command resumes. Default: under runs/."
+    )
+    flags.DEFINE_string("workdir", None, workdir_help, **here)
+    flags.DEFINE_string("saved_model_dir", "saved_models", "Folder that bundles are published in.", **here)
+    flags.DEFINE_string("saved_model_name", None, "Name of the bundle. Default: <task>_<data set>.", **here)
+    flags.DEFINE_integer("saved_model_version", None, "Version, 1 or more. Default: the next free one.", 1, **here)
+    strategies = ["none", "mirrored", "multi_worker"]
+    flags.DEFINE_enum("distribute", "none", strategies, "Distribution strategy; none so far.", **here)
+    flags.DEFINE_bool("jit_compile", False, "Compile the training step with XLA.", **here)
     task.define_flags(values)
     names = sorted(set(values) - others)
     for name in names:  # so that --help shows them, though another module defined them
@@ -244,9 +207,9 @@ def run(task: Task, options: types.SimpleNamespace) -> tfhalf.Manifest:
     model = build(task, options, data)
     measured = tfhalf.coverage(model)
     say(f"{task.name} on {options.dataset}, {options.plan.default}: {model.count_params():,} parameters")
-    say(
-        f"{measured.multiply_adds_in_half:.1%} of multiply-adds in half; float32 islands: {', '.join(measured.islands) or 'none'}"
-    )
+    if measured.multiply_adds_in_half:
+        islands = ", ".join(measured.islands) or "none"
+        say(f"{measured.multiply_adds_in_half:.1%} of multiply-adds in half; float32 islands: {islands}")
     say(f"workdir {workdir}")
 
     progress = training.fit(
@@ -363,8 +326,8 @@ def _metadata(task: Task, options, config, data: Data, progress, scores, stage: 
     trained, served = scores["trained"][task.metric], scores["serving_default"][task.metric]
     if not abs(trained - served) <= task.margin:
         raise tfhalf.ExportError(
-            f"{task.metric} of the artefact is {served:.4f}, of the trained model {trained:.4f}: the difference is over "
-            f"{task.margin:g}; nothing was published"
+            f"{task.metric} is {served:.4f} from the artefact and {trained:.4f} from the trained model; they "
+            f"may differ by {task.margin:g}; nothing was published"
         )
     return {
         "task": task.name,
@@ -416,10 +379,11 @@ def _summary(task: Task, workdir: Path, bundle: Path, manifest: tfhalf.Manifest,
     )
     workdir_, bundle_ = shlex.quote(str(workdir)), shlex.quote(str(bundle))
     lines += [
-        f"  in half         {measured.multiply_adds_in_half:.1%} of multiply-adds, {measured.parameters_in_half:.1%} of parameters",
+        f"  in half         {measured.multiply_adds_in_half:.1%} of multiply-adds, "
+        f"{measured.parameters_in_half:.1%} of parameters",
         f"  best epoch      {progress.best_epoch} of {progress.epoch}, {task.monitor} {progress.best:.4f}",
         f"  artefact        {bundle}, verified in a fresh process",
-        f"  variables       {manifest.sizes['variables']:,} bytes on disk; the weights in float32 are {float32_bytes:,}",
+        f"  variables       {manifest.sizes['variables']:,} bytes; the weights in float32 are {float32_bytes:,}",
         f"  graph           {manifest.sizes['graph']:,} bytes",
         f"  kept in float32 {', '.join(manifest.kept) or 'nothing'}",
         f"  largest error   {errors}",

@@ -91,7 +91,9 @@ def test_answers_like_the_model_in_every_signature(bundle, trained_model, sample
 def test_signatures_compute_in_what_they_say(bundle):
     meta = graph_of(bundle)
     functions = {function.signature.name: function for function in meta.graph_def.library.function}
-    calls = {node.name: node.attr["f"].func.name for node in meta.graph_def.node if node.op == "StatefulPartitionedCall"}
+    calls = {
+        node.name: node.attr["f"].func.name for node in meta.graph_def.node if node.op == "StatefulPartitionedCall"
+    }
     dtypes = {}
     for name, signature in meta.signature_def.items():
         if name.startswith("__"):
@@ -124,7 +126,9 @@ def test_manifest_tells_what_it_is(bundle):
     assert manifest.metadata == {"task": "test"}
     assert manifest.storage_dtype == "float16"
     assert manifest.versions["keras"] == keras.__version__
-    assert manifest.signatures["serving_default"]["inputs"] == {"picture": {"dtype": "float32", "shape": [None, 16, 16, 3]}}
+    assert manifest.signatures["serving_default"]["inputs"] == {
+        "picture": {"dtype": "float32", "shape": [None, 16, 16, 3]}
+    }
     assert manifest.signatures["serving_default"]["compute_dtypes"] == ["float16", "float32"]
     assert 0 < manifest.signatures["serving_default"]["max_error"]["logits"] < 1e-2
     assert manifest.files.keys() >= {"saved_model.pb", "fingerprint.pb", "assets.extra/tf_serving_warmup_requests"}
@@ -326,7 +330,9 @@ def test_full_disk_leaves_nothing(tmp_path):
 
 def test_killed_export_publishes_nothing_and_is_swept_up(tmp_path, trained_model, samples):
     base = tmp_path / "model"
-    killed = subprocess.Popen([sys.executable, "-c", SCRIPT, str(base / "1"), "kill"], stdout=subprocess.PIPE, text=True)
+    killed = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(base / "1"), "kill"], stdout=subprocess.PIPE, text=True
+    )
     assert killed.stdout.readline() == "staged\n"
     assert [name[:10] for name in os.listdir(base)] == [".staging-1"]
     # While that process lives, its folder is left alone.

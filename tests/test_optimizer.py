@@ -77,7 +77,12 @@ def test_half_loss_times_scale_does_not_overflow():
 
 def test_counters_before_build():
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(), initial_scale=4.0)
-    assert (optimizer.scale, optimizer.steps_taken, optimizer.steps_skipped, optimizer.consecutive_skips) == (4.0, 0, 0, 0)
+    assert (optimizer.scale, optimizer.steps_taken, optimizer.steps_skipped, optimizer.consecutive_skips) == (
+        4.0,
+        0,
+        0,
+        0,
+    )
 
 
 def test_survives_saving_with_its_model(tmp_path, build_convnet, pictures):
@@ -125,5 +130,3 @@ def test_refuses_what_it_cannot_do(arguments, message):
 def test_refuses_scaling_twice():
     with pytest.raises(ValueError, match="scales the loss already"):
         LossScaleOptimizer(LossScaleOptimizer(keras.optimizers.SGD()))
-
-

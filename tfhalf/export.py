@@ -39,7 +39,6 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
-import tfhalf
 from tfhalf import precision
 
 # Largest difference to the training model, as a share of the largest output (at least 1). Weights are rounded to
@@ -262,7 +261,7 @@ def _write(model, stage: Path, samples, serve, input_signature, storage_dtype, t
     signatures = {}
     for name, function in functions.items():
         allowed = _tolerance(computes[name], storage_dtype) if tolerance is None else tolerance
-        outputs = {key: tensor for key, tensor in function.structured_outputs.items()}
+        outputs = dict(function.structured_outputs)
         _check_errors(name, errors.get(name, {}), outputs.keys(), allowed)
         signatures[name] = {
             "inputs": {key: _about(spec) for key, spec in input_signature.items()},
@@ -273,7 +272,8 @@ def _write(model, stage: Path, samples, serve, input_signature, storage_dtype, t
         }
     manifest = Manifest(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        versions={"tfhalf": tfhalf.__version__} | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        versions={"tfhalf": sys.modules[__package__].__version__}
+        | {name: importlib.metadata.version(name) for name in _PACKAGES},
         storage_dtype=storage_dtype,
         kept=kept,
         signatures=signatures,
@@ -349,7 +349,8 @@ def _why_keep(value: np.ndarray, storage_dtype: str) -> str:
     stored = tf.cast(tf.cast(value, storage_dtype), tf.float32).numpy()
     overflown = int(np.sum(~np.isfinite(stored)))
     if overflown:
-        return f"{overflown} of its {value.size} values are too large for {storage_dtype} (largest {np.abs(value).max():g})"
+        largest = np.abs(value).max()
+        return f"{overflown} of its {value.size} values are too large for {storage_dtype} (largest {largest:g})"
     flushed = np.sum((value != 0) & (stored == 0)) / max(1, np.sum(value != 0))
     if flushed > _MAX_FLUSHED_SHARE:
         return f"{flushed:.1%} of its values would become 0 in {storage_dtype}"
@@ -377,8 +378,8 @@ def _trace(serve, input_signature, variables):
         for name, tensor in outputs.items():
             if tensor.dtype.is_floating and tensor.dtype != tf.float32:
                 raise ExportError(
-                    f"output {name} is {tensor.dtype.name}, but a served output must be float32: give the layer that makes "
-                    'it dtype="float32", or cast it in serve'
+                    f"output {name} is {tensor.dtype.name}, but a served output must be float32: give the layer "
+                    'that makes it dtype="float32", or cast it in serve'
                 )
         return {name: tf.identity(tensor, name=name) for name, tensor in outputs.items()}
 
@@ -452,9 +453,9 @@ def _check_errors(signature: str, errors: dict[str, float], outputs, tolerance: 
         error = errors.get(name, float("inf"))
         if not error <= tolerance:
             raise ExportError(
-                f"{signature}: {name} differs from the training model by {error:.3g}, more than the tolerance {tolerance:g} "
-                "(inf: another shape, dtype, or a non-finite value). Keep the layers that overflow in float32 with a "
-                "PrecisionPlan, or store in float32"
+                f"{signature}: {name} differs from the training model by {error:.3g}, more than the tolerance "
+                f"{tolerance:g} (inf: another shape, dtype, or a non-finite value). Keep the layers "
+                "that overflow in float32 with a PrecisionPlan, or store in float32"
             )
 
 

@@ -230,8 +230,8 @@ def require_float32_outputs(model: keras.Model, inputs=None) -> None:
     for name, output in zip(output_names(model, outputs), tf.nest.flatten(outputs), strict=True):
         if output.dtype in (tf.float16, tf.bfloat16):
             raise ValueError(
-                f"model {model.name!r}: {name} is {output.dtype.name}, but a model's outputs must be float32. Give the last "
-                f'layer dtype="float32", or add PrecisionPlan(layers={{"{name}": "float32"}}).apply(model)'
+                f"model {model.name!r}: {name} is {output.dtype.name}, but a model's outputs must be float32. Give the "
+                f'last layer dtype="float32", or add PrecisionPlan(layers={{"{name}": "float32"}}).apply(model)'
             )
 
 
@@ -319,8 +319,8 @@ def coverage(model: keras.Model, inputs=None) -> Coverage:
 
     Args:
         model: a built model.
-        inputs: sample batch, array or structure of arrays; needed where the model doesn't know its input shapes. Without
-            it a batch of one is traced.
+        inputs: sample batch, array or structure of arrays; needed where the model doesn't know its input shapes.
+            Without it a batch of one is traced.
 
     Returns:
         A `Coverage`, one row for each layer in the walker's order.

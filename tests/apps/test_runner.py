@@ -1,0 +1,174 @@
+"""The one sequence, through the real command line."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tfhalf
+from tests.conftest import ROOT, run_module
+
+APP = "apps.image.classification"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_short_run_in_the_other_policies(policy, data_dir, tmp_path):
+    arguments = [APP, f"--dtype_policy={policy}", f"--data_dir={data_dir}", "--epochs=1", "--steps_per_epoch=30"]
+    result = run_module(
+        *arguments, f"--workdir={tmp_path}/run", f"--saved_model_dir={tmp_path}/sm", "--saved_model_name=m"
+    )
+    assert result.returncode == 0, result.stderr
+    manifest = tfhalf.verify(tmp_path / "sm" / "m" / "1")
+    assert manifest.metadata["plan"] == {"default": policy, "layers": {}}
+    assert "loss scale" not in result.stdout
+    assert re.search(r"^Test loss: \d\.\d+ \| Accuracy: \d+\.\d\d% \(\d+/1000\)$", result.stdout, re.MULTILINE)
+    assert ("serving_bfloat16" in manifest.signatures) is (policy == "mixed_bfloat16")
+
+
+def test_run_says_and_leaves_what_it_should(trained):
+    _, folder, printed = trained
+    bundle = folder / "saved_models" / "image_classification_mnist_5k" / "1"
+    manifest = tfhalf.export.Manifest.read(bundle)
+    scores = manifest.metadata["metrics"]
+    assert scores.keys() == {"trained", "trained, in float32", "serving_default", "serving_float32"}
+    assert abs(scores["trained"]["accuracy"] - scores["serving_default"]["accuracy"]) <= 0.002
+    assert f"Accuracy: {100 * scores['trained']['accuracy']:.2f}% ({scores['trained']['correct']}/1000)" in printed
+    assert scores["trained"]["accuracy"] > 0.6
+    for words in (
+        "loss scale      32768; 0 of 80 steps skipped",
+        "verified in a fresh process",
+        "--logdir=",
+        "apps.predict",
+    ):
+        assert words in printed
+    metrics = json.loads((folder / "run" / "metrics.json").read_text())
+    assert metrics["results"]["scores"] == scores
+    assert metrics["config"]["plan"] == {"default": "mixed_float16", "layers": {}}
+    assert len(list((folder / "run" / "examples").glob("*.png"))) == 10
+    assert manifest.sizes["variables"] < 0.52 * 4 * 496_138
+
+
+@pytest.mark.slow
+def test_interrupted_run_goes_on_to_the_same_result(trained, tmp_path):
+    arguments, folder, _ = trained
+    command = [
+        sys.executable,
+        "-m",
+        *arguments,
+        f"--workdir={tmp_path}/run",
+        f"--saved_model_dir={tmp_path}/saved_models",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("Epoch 1/2"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "the same command goes on from here" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "saved_models" / "image_classification_mnist_5k" / "1").exists()
+
+    result = run_module(*command[2:])
+    assert result.returncode == 0, result.stderr
+    assert f"resuming {tmp_path}/run after epoch 1, step" in result.stdout
+    records = [json.loads(Path(base, "run", "metrics.json").read_text()) for base in (folder, tmp_path)]
+    whole, resumed = (record["results"]["scores"] for record in records)
+    assert resumed == whole  # bit by bit, and the augmentation's and dropout's random numbers too
+
+
+def refuse(*arguments: str) -> str:
+    """Runs the app with bad flags; returns its one line."""
+    result = run_module(APP, *arguments)
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if line.startswith(("error: ", "FATAL Flags parsing error"))]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr[result.stderr.index(lines[0]) :]
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_clear_line_and_leaves_nothing(trained, data_dir, tmp_path):
+    arguments, folder, _ = trained
+    (tmp_path / "file").write_text("{")
+    base = [f"--data_dir={data_dir}", f"--workdir={tmp_path}/run", f"--saved_model_dir={tmp_path}/sm"]
+    for wrong, message in (
+        (["--dtype_policy=float16"], "mixed_float16|mixed_bfloat16|float32|auto"),
+        (["--dataset=imdb_reviews"], "text (Text)"),
+        ([f"--precision_plan={tmp_path}/file"], "isn't JSON"),
+        ([f"--workdir={tmp_path}/file/run"], "can't be written: Not a directory"),
+        ([f"--saved_model_dir={tmp_path}/file"], "--saved_model_dir: can't write"),
+        ([f"--saved_model_dir={folder}/saved_models", "--saved_model_version=1"], "1 exists; choose another version"),
+        ([*arguments[1:], f"--workdir={folder}/run", "--seed=4"], "seed: 3 there, 4 here"),
+    ):
+        assert message in refuse(*base, *wrong)
+    assert {path.name for path in tmp_path.iterdir()} <= {"file", "sm"}
+    assert not list(tmp_path.glob("sm/*/*"))
+
+
+def parse(*arguments: str):
+    from absl import flags
+
+    from apps import runner
+    from apps.image import classification
+
+    values = flags.FlagValues()
+    names = runner.define_flags(classification.TASK, values)
+    values(["test", *arguments])
+    return runner.options_of(values, names)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--epochs=0",
+        "--batch_size=-1",
+        "--learning_rate=0",
+        "--learning_rate=11",
+        "--initial_scale=1e9",
+        "--seed=-1",
+        "--seed=x",
+    ]
+    + ["--depth=7", "--image_size=8", "--label_smoothing=0.9", "--steps_per_epoch=0", "--saved_model_version=0"]
+    + ["--augment=twist", "--distribute=cluster", "--dynamic_growth_steps=0"],
+)
+def test_values_out_of_range_are_refused(flag):
+    from absl import flags
+
+    with pytest.raises(flags.IllegalFlagValueError, match=flag.split("=")[0].strip("-")):
+        parse(flag)
+
+
+def test_what_does_not_exist_yet_is_refused(tmp_path):
+    from apps import runner
+
+    tfhalf.PrecisionPlan("float32").save(tmp_path / "plan.json")
+    for arguments, message in (
+        (["--dtype_policy=auto"], "--dtype_policy=auto isn't possible yet"),
+        (["--distribute=mirrored"], "--distribute=mirrored isn't possible yet"),
+        (["--dtype_policy=float32", f"--precision_plan={tmp_path}/plan.json"], "exclude each other"),
+        ([f"--precision_plan={tmp_path}/none.json"], "none.json"),
+    ):
+        with pytest.raises(runner.AppError, match=message):
+            parse(*arguments)
+    assert parse(f"--precision_plan={tmp_path}/plan.json").plan == tfhalf.PrecisionPlan("float32")
+
+
+def test_plan_that_does_not_fit_the_model_lists_its_layers(tmp_path, data_dir):
+    from apps import runner
+    from apps.image import classification
+
+    tfhalf.PrecisionPlan("mixed_float16", {"conv9": "float32"}).save(tmp_path / "plan.json")
+    options = parse(f"--precision_plan={tmp_path}/plan.json", f"--data_dir={data_dir}")
+    with pytest.raises(runner.AppError, match=r"conv9.*matches no layer.*conv1"):
+        runner.build(classification.TASK, options, classification.load_data(options))
+    assert runner._config(classification.TASK, options)["plan"]["layers"] == {"conv9": "float32"}

@@ -1,0 +1,119 @@
+"""Rules of the house, enforced: which way imports run, what the README's tree says, that tests mirror the code."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted([*ROOT.glob("tfhalf/**/*.py"), *ROOT.glob("apps/**/*.py"), *ROOT.glob("benchmarks/**/*.py")])
+
+# What each module may import of ours; a package's name stands for all inside it.
+LAYERS = [
+    {"tfhalf.precision", "tfhalf.replay"},
+    {"tfhalf.optimizer"},
+    {"tfhalf.training", "tfhalf.export", "tfhalf.datasets"},
+    {"tfhalf"},
+    {"apps.runner"},
+    {"apps", "benchmarks"},
+]
+# training and export don't know each other.
+FORBIDDEN = {("tfhalf.training", "tfhalf.export"), ("tfhalf.export", "tfhalf.training")}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def layer_of(name: str) -> int:
+    while True:
+        for index, layer in enumerate(LAYERS):
+            if name in layer:
+                return index
+        name = name.rpartition(".")[0]
+
+
+def own_imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            for name in (f"{node.module}.{alias.name}" for alias in node.names):
+                place = ROOT / name.replace(".", "/")
+                found.add(name if place.is_dir() or place.with_suffix(".py").exists() else node.module)
+    return {name for name in found if name.split(".")[0] in ("tfhalf", "apps", "benchmarks", "tests")}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_imports_run_one_way(path):
+    name = module_name(path)
+    for imported in own_imports(path):
+        assert imported.split(".")[0] != "tests"
+        assert (name, imported) not in FORBIDDEN
+        same_package = name.rpartition(".")[0] == imported.rpartition(".")[0] or imported.startswith(name + ".")
+        assert layer_of(imported) < layer_of(name) or (layer_of(imported) == layer_of(name) and same_package), imported
+
+
+def test_flags_live_in_programs_only():
+    for path in ROOT.glob("tfhalf/**/*.py"):
+        assert "absl" not in path.read_text(), path
+
+
+def test_library_does_not_print():
+    for path in ROOT.glob("tfhalf/**/*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        assert not [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"], path
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_public_names_have_docstrings(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), f"{path} says not what it is for"
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{path}: {node.name}"
+
+
+def test_files_have_a_test_that_mirrors_them():
+    places = {"tfhalf": ROOT / "tests", "apps": ROOT / "tests" / "apps"}
+    covered_elsewhere = {"tfhalf/__init__.py", "apps/__init__.py", "apps/image/__init__.py", "tfhalf/replay.py"}
+    for path in SOURCES:
+        relative = path.relative_to(ROOT)
+        if str(relative) in covered_elsewhere or relative.parts[0] not in places:
+            continue
+        name = relative.parts[-2] if relative.name == "__init__.py" else relative.stem
+        expected = places[relative.parts[0]].joinpath(*relative.parts[1:-1], f"test_{name}.py")
+        assert expected.exists(), f"{relative} has no {expected.relative_to(ROOT)}"
+
+
+def test_readme_tree_is_the_tree():
+    readme = (ROOT / "README.md").read_text()
+    block = re.search(r"## Files\n.*?```\n(.*?)```", readme, re.DOTALL).group(1)
+    named, folders = set(), []
+    for line in block.splitlines():
+        indent = (len(line) - len(line.lstrip())) // 2
+        entry = line.split()[0]
+        folders = folders[:indent]
+        if entry.endswith("/"):
+            folders.append(entry)
+        else:
+            named.add("".join(folders) + entry)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    real = {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
+    assert named == real
+    assert all(len(line.split(maxsplit=1)) == 2 or line.rstrip().endswith("/") for line in block.splitlines())
+
+
+def test_readme_flags_and_commands_exist():
+    readme = (ROOT / "README.md").read_text()
+    for module in set(re.findall(r"-m (apps\.[\w.]+|benchmarks\.[\w.]+)", readme)):
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"`?make (\w+)", readme)) - {"a", "it"}:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

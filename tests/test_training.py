@@ -1,0 +1,248 @@
+"""One run: what it writes, how it stops, and that it goes on exactly where it was."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import tfhalf
+from tfhalf import training
+
+
+def batches(epoch: int, poison: float | None = None) -> tf.data.Dataset:
+    """Six batches of four examples, a pure function of the epoch."""
+    random = np.random.default_rng([9, epoch])
+    x = random.normal(size=[24, 8, 8, 3]).astype("float32")
+    y = x.mean(axis=(1, 2))
+    if poison is not None:
+        x[13, 0, 0, 0] = poison
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
+
+
+def fit(model, workdir, **changes):
+    arguments = {"workdir": workdir, "epochs": 3, "steps_per_epoch": 6, "monitor": "val_loss", "config": {"seed": 1}}
+    train = changes.pop("train_data", batches)
+    return training.fit(model, train, batches(99), **arguments | changes)
+
+
+@pytest.fixture
+def model(build_convnet):
+    return compiled(build_convnet())
+
+
+def compiled(model, **scaling):
+    training.compile_model(model, keras.optimizers.Adam(0.01), loss="mse", metrics=["mae"], **scaling)
+    return model
+
+
+def test_leaves_the_best_weights_and_a_record(model, tmp_path):
+    lines = []
+    progress = fit(model, tmp_path, epochs=4, report=lines.append)
+    losses = [epoch["val_loss"] for epoch in progress.history]
+    assert progress.best == min(losses) == losses[progress.best_epoch - 1]
+    evaluated = model.evaluate(batches(99), return_dict=True, verbose=0)
+    assert evaluated["loss"] == pytest.approx(progress.best, rel=1e-6)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["epochs"] == progress.history
+    assert metrics["config"] == {"seed": 1}
+    assert metrics["epochs"][0].keys() >= {
+        "epoch",
+        "seconds",
+        "loss",
+        "mae",
+        "val_mae",
+        "learning_rate",
+        "loss_scale",
+        "skipped_steps",
+    }
+    assert [line.split(":")[0] for line in lines] == [f"Epoch {n}/4" for n in (1, 2, 3, 4)]
+    assert {p.name for p in tmp_path.iterdir()} == {"last.npz", "best.weights.h5", "metrics.json", "tensorboard"}
+
+
+def test_epochs_differ_and_repeat(tmp_path, build_convnet):
+    first, second = (fit(compiled(build_convnet()), tmp_path / name).history for name in "ab")
+    strip = lambda history: [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in history]  # noqa: E731
+    assert strip(first) == strip(second)
+    assert first[0]["loss"] != first[1]["loss"]
+
+
+def test_monitor_of_accuracy_is_best_when_highest(model, tmp_path):
+    progress = fit(model, tmp_path, monitor="val_mae")
+    assert progress.best == max(epoch["val_mae"] for epoch in progress.history)
+
+
+def test_tensorboard_shows_the_run(model, tmp_path):
+    png = tf.io.encode_png(np.full([5, 7, 3], 200, np.uint8)).numpy()
+    progress = fit(
+        model, tmp_path, show=lambda model: {"predictions": png}, config={"seed": 1, "plan": {"default": "x"}}
+    )
+    training.write_results(tmp_path, progress, {"seed": 1}, {"accuracy": 0.5}, {"confusion": png}, 18)
+    train, validation = (EventAccumulator(str(tmp_path / "tensorboard" / name)) for name in ("train", "validation"))
+    train.Reload()
+    validation.Reload()
+    tags = train.Tags()
+    assert set(tags["tensors"]) >= {
+        "batch/loss", "epoch/loss", "epoch/mae", "settings",
+        "optimizer/learning_rate", "optimizer/loss_scale", "optimizer/skipped_steps",
+    }  # fmt: skip
+    assert tags["graph"]
+    assert "_hparams_/session_start_info" in train.summary_metadata
+    assert set(validation.Tags()["tensors"]) == {"epoch/loss", "epoch/mae", "predictions", "confusion"}
+    assert [event.step for event in train.Tensors("epoch/loss")] == [6, 12, 18]
+    seen = [float(tf.make_ndarray(event.tensor_proto)) for event in validation.Tensors("epoch/loss")]
+    np.testing.assert_allclose(seen, [epoch["val_loss"] for epoch in progress.history], rtol=1e-6)
+    assert json.loads((tmp_path / "metrics.json").read_text())["results"] == {"accuracy": 0.5}
+
+
+SCRIPT = """
+import os, signal, sys
+import keras, numpy as np, tensorflow as tf, tfhalf
+from tfhalf import training
+workdir, mode = sys.argv[1:]
+keras.utils.set_random_seed(1)
+with tfhalf.PrecisionPlan().scope():
+    inputs = keras.Input([12])
+    x = keras.layers.Dense(32, name="dense")(inputs)
+    x = keras.layers.BatchNormalization(name="norm")(x)
+    x = keras.layers.Dropout(0.4, name="dropout")(x)
+    model = keras.Model(inputs, keras.layers.Dense(2, dtype="float32", name="head")(x))
+schedule = keras.optimizers.schedules.CosineDecay(0.01, 30)
+training.compile_model(model, keras.optimizers.Adam(schedule), loss="mse", metrics=[], dynamic_growth_steps=4)
+def batches(epoch):
+    if mode == "kill" and epoch == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    def stop(x, y):
+        if mode == "term" and epoch == 2 and np.array_equal(x.numpy(), marked):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return x
+    x = np.random.default_rng([1, epoch]).normal(size=[48, 12]).astype("float32")
+    marked = x[16:24]
+    data = tf.data.Dataset.from_tensor_slices((x, x[:, :2])).batch(8)
+    if mode == "term":
+        data = data.map(lambda x, y: (tf.ensure_shape(tf.py_function(stop, [x, y], tf.float32), [None, 12]), y))
+    return data
+try:
+    progress = training.fit(model, batches, batches(99), workdir=workdir, epochs=5, steps_per_epoch=6,
+                            monitor="val_loss", config={}, report=print)
+except training.InterruptedRun as error:
+    print(error)
+    sys.exit(130)
+"""
+
+
+def run_script(workdir, mode: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(workdir), mode], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.slow
+def test_killed_and_stopped_runs_go_on_exactly(tmp_path):
+    assert run_script(tmp_path / "whole", "whole").returncode == 0
+    assert run_script(tmp_path / "killed", "kill").returncode == -signal.SIGKILL
+    stopped = run_script(tmp_path / "stopped", "term")
+    assert stopped.returncode == 130
+    assert "the same command goes on from here" in stopped.stdout
+    with np.load(tmp_path / "whole" / "last.npz") as file:
+        whole = dict(file)
+    # The signal is sent when batch 3 is read, which may be before batch 2 is done.
+    for name, place in (("killed", "after epoch 3, step 0"), ("stopped", "after epoch 2, step [1-5]")):
+        resumed = run_script(tmp_path / name, "whole")
+        assert re.match(f"resuming .*{name} {place}\n", resumed.stdout), resumed.stderr
+        with np.load(tmp_path / name / "last.npz") as file:
+            for key in set(whole) - {"about"}:
+                np.testing.assert_array_equal(file[key], whole[key], err_msg=f"{name}: {key}")
+
+
+def test_finished_run_is_not_trained_again(model, tmp_path, build_convnet):
+    first = fit(model, tmp_path)
+    again = compiled(build_convnet())
+    lines = []
+    assert fit(again, tmp_path, report=lines.append) == first
+    assert lines == [f"resuming {tmp_path} after epoch 3, step 0"]
+    for old, new in zip(model.get_weights(), again.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_folder_of_another_run_is_refused_and_kept(model, tmp_path, build_convnet):
+    fit(model, tmp_path)
+    before = (tmp_path / "last.npz").read_bytes()
+    with pytest.raises(training.TrainingError, match="seed: 1 there, 2 here"):
+        fit(compiled(build_convnet()), tmp_path, config={"seed": 2})
+    other = keras.Sequential([keras.Input([8, 8, 3]), keras.layers.Flatten(), keras.layers.Dense(3)])
+    with pytest.raises(training.TrainingError, match="holds another model"):
+        fit(compiled(other), tmp_path)
+    assert (tmp_path / "last.npz").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no zip", None])
+def test_damaged_checkpoint_is_refused(model, tmp_path, content, build_convnet):
+    fit(model, tmp_path, epochs=1)
+    path = tmp_path / "last.npz"
+    path.write_bytes(path.read_bytes()[:5000] if content is None else content)
+    with pytest.raises(training.TrainingError, match=r"last\.npz is damaged"):
+        fit(compiled(build_convnet()), tmp_path)
+
+
+def test_place_that_cannot_be_written_is_named(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(training.TrainingError, match=r"workdir .*file/run can't be written: Not a directory"):
+        fit(model, tmp_path / "file" / "run")
+
+
+def test_checkpoint_that_cannot_be_written_stops_the_run_and_keeps_the_last(model, tmp_path, build_convnet):
+    fit(model, tmp_path, epochs=1)
+    before = (tmp_path / "last.npz").read_bytes()
+    (tmp_path / ".last.npz").mkdir()  # takes the name that is written beside
+    with pytest.raises(training.TrainingError, match="the one before it is intact"):
+        fit(compiled(build_convnet()), tmp_path, epochs=2)
+    assert (tmp_path / "last.npz").read_bytes() == before
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_bad_data_stops_the_run_with_the_reason(model, tmp_path, poison):
+    with pytest.raises(training.TrainingError, match=r"loss is nan; .*loss scale.*[1-6] steps skipped\. Look for NaN"):
+        fit(model, tmp_path, train_data=lambda epoch: batches(epoch, poison))
+    assert not (tmp_path / "last.npz").exists(), "a poisoned state was saved"
+
+
+def test_run_whose_steps_are_all_skipped_stops(build_convnet, tmp_path):
+    model = compiled(build_convnet(), initial_scale=2.0**24, min_scale=2.0**24, max_consecutive_skips=5)
+
+    def huge(epoch):
+        return batches(epoch).map(lambda x, y: (x, y + 1000))
+
+    with pytest.raises(training.TrainingError, match="6 steps in a row were skipped; all weights are finite"):
+        fit(model, tmp_path, train_data=huge)
+
+
+@pytest.mark.parametrize(("policy", "scaled"), [("mixed_float16", True), ("mixed_bfloat16", False), ("float32", False)])
+def test_loss_is_scaled_exactly_if_a_layer_computes_in_float16(build_convnet, policy, scaled):
+    assert isinstance(compiled(build_convnet(policy)).optimizer, tfhalf.LossScaleOptimizer) is scaled
+
+
+def test_loss_is_scaled_for_one_float16_layer_in_a_float32_model(build_convnet):
+    # KERAS.md row 7: stock Keras looks at the model's own policy only.
+    model = tfhalf.PrecisionPlan("float32", {"conv": "mixed_float16"}).apply(build_convnet("float32"))
+    assert isinstance(compiled(model, initial_scale=4.0).optimizer, tfhalf.LossScaleOptimizer)
+    assert model.optimizer.scale == 4.0
+
+
+def test_half_outputs_are_refused(build_convnet):
+    with pytest.raises(ValueError, match="head is float16"):
+        compiled(build_convnet(output=None))
+
+
+def test_signals_are_given_back(model, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    fit(model, tmp_path, epochs=1)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert os.listdir(tmp_path)
