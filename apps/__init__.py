@@ -2,5 +2,5 @@
 
 import os
 
-# TensorFlow's C++ side reports missing GPUs as errors on every start; what really fails still raises an exception.
+# TensorFlow reports a missing GPU as an error on every start; what really fails still raises an exception.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -183,7 +183,7 @@ def exit_code(body: Callable[[list[str]], None], argv: list[str]) -> int:
         print(error, file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        print("interrupted; nothing was published", file=sys.stderr)
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 
@@ -364,7 +364,7 @@ def _summary(task: Task, workdir: Path, bundle: Path, manifest: tfhalf.Manifest,
     ]
     computed = {"trained": "the trained model", "trained, in float32": "the same weights in float32"}
     for key, score in metrics.items():
-        values = " ".join(f"{value:10.4f}" for value in score.values())
+        values = " ".join(f"{value:10.4f}" if isinstance(value, float) else f"{value:10}" for value in score.values())
         lines.append(f"  {computed.get(key, 'the artefact, ' + key):34} {values}")
     lines.append("")
     if isinstance(model.optimizer, tfhalf.LossScaleOptimizer):

@@ -191,17 +191,19 @@ class _ProgressBar(keras.callbacks.Callback):
     def __init__(self, steps: int, first: int, epochs: int, report: Callable[[str], None]):
         super().__init__()
         self._steps, self._first, self._epochs, self._report = steps, first, epochs, report
-        self._bar = keras.utils.Progbar(steps) if sys.stdout.isatty() else None
+        self._bar: keras.utils.Progbar | None = None
 
     def on_epoch_begin(self, epoch, logs=None):
         self._start = self._last = time.monotonic()
-        if self._bar:
+        if sys.stdout.isatty():
             self._report(f"Epoch {epoch + 1}/{self._epochs}")
 
     def on_train_batch_end(self, batch, logs=None):
         step = self._first + batch + 1
         now = time.monotonic()
-        if self._bar:
+        if sys.stdout.isatty():
+            if self._bar is None:  # the logs are running means already: the bar shall not average them again
+                self._bar = keras.utils.Progbar(self._steps, stateful_metrics=list(logs or {}))
             self._bar.update(step, list(_floats(logs).items()), finalize=False)
         elif now - self._last >= _HEARTBEAT_SECONDS:
             self._last = now

@@ -312,13 +312,13 @@ def show(model: keras.Model, data: runner.Data) -> dict[str, bytes]:
     pictures, targets = pictures[:_SHOWN].numpy(), targets[:_SHOWN].numpy()
     probabilities = tf.nn.softmax(model(pictures, training=False)).numpy()
     names = data.about["class_names"]
-    figure = Figure(figsize=(8, 8.6), layout="constrained")
+    figure = Figure(figsize=(5, 5.8), layout="constrained")
     for index, (picture, target, row) in enumerate(zip(pictures, targets, probabilities, strict=True)):
         axes = figure.add_subplot(4, 4, index + 1)
         axes.imshow(picture.squeeze() / 255, cmap="gray", vmin=0, vmax=1)
         right = row.argmax() == target.argmax()
         title = f"{names[row.argmax()]} {row.max():.0%}" + ("" if right else f"\nis {names[target.argmax()]}")
-        axes.set_title(title, fontsize=9, color="black" if right else "crimson")
+        axes.set_title(title, fontsize=10, color="black" if right else "crimson")
         axes.set_axis_off()
     return {"predictions": _png(figure)}
 
@@ -342,7 +342,7 @@ def conclude(call: runner.Call, data: runner.Data, folder: Path) -> dict[str, by
 
 
 def _confusion_figure(counts: np.ndarray, names: list[str]) -> Figure:
-    size = 4 + 0.45 * min(len(names), 40)
+    size = 2 + 0.32 * min(len(names), 40)  # inches: small enough to be read in TensorBoard's thumbnail
     figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.add_subplot()
     shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
@@ -353,7 +353,7 @@ def _confusion_figure(counts: np.ndarray, names: list[str]) -> Figure:
         axes.set_yticks(range(len(names)), names)
         for row, column in zip(*np.nonzero(counts), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=9)
     return figure
 
 
