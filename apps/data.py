@@ -2,8 +2,8 @@
 
     python -m apps.data --dataset=mnist_5k,fashion_mnist
 
-An app does this by itself when its data set isn't there yet; this program does it beforehand. What is there already is
-left alone; a killed run goes on from what was fetched.
+An app does this by itself when its data set isn't there yet; this program does it beforehand. What is there already
+is left alone; a killed run goes on with the file that it was fetching.
 """
 
 import sys

@@ -59,7 +59,9 @@ def predict(saved_model: str, signature: str, files: list[Path], top_k: int, as_
     task = manifest["metadata"].get("task")
     if task != "image_classification":
         raise PredictError(f"{folder} is a bundle for {task!r}; this program knows image_classification")
-    names = manifest["metadata"]["about"]["class_names"]
+    names = manifest["metadata"].get("about", {}).get("class_names")
+    if not names:
+        raise PredictError(f"{folder}: its manifest doesn't name the classes; export the model again")
     loaded = tf.saved_model.load(str(folder))
     if signature not in loaded.signatures:
         raise PredictError(f"--signature={signature}: {folder} has {', '.join(sorted(loaded.signatures))}")
@@ -97,7 +99,8 @@ def check_bundle(folder: Path) -> dict:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         expected = {name: about["sha256"] for name, about in manifest["files"].items()}
-    except (OSError, ValueError, KeyError) as error:
+        manifest["metadata"].get("task")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PredictError(f"{folder} is no bundle: can't read {_MANIFEST} ({error})") from error
     present = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()} - {_MANIFEST}
     for name in sorted(present ^ expected.keys()):

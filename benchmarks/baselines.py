@@ -5,10 +5,13 @@
 An RBF support vector machine (scikit-learn's, C=5, gamma="scale") on pixels, trained on the whole training part.
 """
 
+import sys
+
 import numpy as np
 from absl import app, flags
 from sklearn import svm
 
+from apps import runner
 from tfhalf import datasets
 
 
@@ -16,7 +19,7 @@ def main() -> None:
     """Runs the program."""
     flags.DEFINE_string("dataset", "mnist_5k", "Set of small pictures: a TFDS name, or mnist_5k.")
     flags.DEFINE_string("data_dir", None, "Folder of prepared data sets. Default: TFDS's.")
-    app.run(_run)
+    app.run(lambda argv: sys.exit(runner.exit_code(_run, argv)))
 
 
 def _run(argv: list[str]) -> None:

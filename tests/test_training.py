@@ -1,7 +1,6 @@
 """One run: what it writes, how it stops, and that it goes on exactly where it was."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -64,7 +63,7 @@ def test_leaves_the_best_weights_and_a_record(model, tmp_path):
         "skipped_steps",
     }
     assert [line.split(":")[0] for line in lines] == [f"Epoch {n}/4" for n in (1, 2, 3, 4)]
-    assert {p.name for p in tmp_path.iterdir()} == {"last.npz", "best.weights.h5", "metrics.json", "tensorboard"}
+    assert {p.name for p in tmp_path.iterdir()} == {"last.npz", "best.npz", "metrics.json", "tensorboard"}
 
 
 def test_epochs_differ_and_repeat(tmp_path, build_convnet):
@@ -120,13 +119,15 @@ def batches(epoch):
     if mode == "kill" and epoch == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     def stop(x, y):
-        if mode == "term" and epoch == 2 and np.array_equal(x.numpy(), marked):
+        if epoch == 2 and np.array_equal(x.numpy(), marked):
             os.kill(os.getpid(), signal.SIGTERM)
         return x
     x = np.random.default_rng([1, epoch]).normal(size=[48, 12]).astype("float32")
-    marked = x[16:24]
+    marked = x[16:24].copy()
+    if mode == "poison" and epoch == 2:
+        x[:16] = np.nan
     data = tf.data.Dataset.from_tensor_slices((x, x[:, :2])).batch(8)
-    if mode == "term":
+    if mode in ("term", "poison"):
         data = data.map(lambda x, y: (tf.ensure_shape(tf.py_function(stop, [x, y], tf.float32), [None, 12]), y))
     return data
 try:
@@ -135,6 +136,9 @@ try:
 except training.InterruptedRun as error:
     print(error)
     sys.exit(130)
+except training.TrainingError as error:
+    print(error)
+    sys.exit(1)
 """
 
 
@@ -142,6 +146,11 @@ def run_script(workdir, mode: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", SCRIPT, str(workdir), mode], capture_output=True, text=True, timeout=120, check=False
     )
+
+
+def validation_losses(about) -> list:
+    progress = json.loads(str(about))["progress"]
+    return [progress["best"], progress["best_epoch"], *(epoch["val_loss"] for epoch in progress["history"])]
 
 
 @pytest.mark.slow
@@ -160,6 +169,16 @@ def test_killed_and_stopped_runs_go_on_exactly(tmp_path):
         with np.load(tmp_path / name / "last.npz") as file:
             for key in set(whole) - {"about"}:
                 np.testing.assert_array_equal(file[key], whole[key], err_msg=f"{name}: {key}")
+            assert validation_losses(file["about"]) == validation_losses(whole["about"])
+
+
+@pytest.mark.slow
+def test_stop_does_not_save_a_poisoned_state(tmp_path):
+    stopped = run_script(tmp_path / "run", "poison")
+    assert stopped.returncode == 1
+    assert "non-finite weights" in stopped.stdout
+    with np.load(tmp_path / "run" / "last.npz") as file:  # of epoch 2
+        assert all(np.all(np.isfinite(array)) for name, array in file.items() if name != "about")
 
 
 def test_finished_run_is_not_trained_again(model, tmp_path, build_convnet):
@@ -202,7 +221,7 @@ def test_checkpoint_that_cannot_be_written_stops_the_run_and_keeps_the_last(mode
     fit(model, tmp_path, epochs=1)
     before = (tmp_path / "last.npz").read_bytes()
     (tmp_path / ".last.npz").mkdir()  # takes the name that is written beside
-    with pytest.raises(training.TrainingError, match="the one before it is intact"):
+    with pytest.raises(training.TrainingError, match="an earlier one is intact"):
         fit(compiled(build_convnet()), tmp_path, epochs=2)
     assert (tmp_path / "last.npz").read_bytes() == before
 
@@ -220,7 +239,9 @@ def test_run_whose_steps_are_all_skipped_stops(build_convnet, tmp_path):
     def huge(epoch):
         return batches(epoch).map(lambda x, y: (x, y + 1000))
 
-    with pytest.raises(training.TrainingError, match="6 steps in a row were skipped; all weights are finite"):
+    with pytest.raises(
+        training.TrainingError, match=r"6 steps in a row were skipped; loss is .*; all weights are finite"
+    ):
         fit(model, tmp_path, train_data=huge)
 
 
@@ -245,4 +266,41 @@ def test_signals_are_given_back(model, tmp_path):
     before = signal.getsignal(signal.SIGINT)
     fit(model, tmp_path, epochs=1)
     assert signal.getsignal(signal.SIGINT) is before
-    assert os.listdir(tmp_path)
+
+
+def test_loss_scale_is_the_run_s_and_not_the_best_epoch_s(build_convnet, tmp_path):
+    model = compiled(build_convnet(), initial_scale=4.0, dynamic_growth_steps=6)
+    progress = fit(model, tmp_path, monitor="val_mae", epochs=4)
+    assert progress.best_epoch < 4  # else this test says nothing
+    assert model.optimizer.scale == progress.history[-1]["loss_scale"] == 64.0
+    assert model.optimizer.steps_taken == 24
+
+
+def test_batch_whose_step_was_skipped_does_not_end_a_run_with_finite_weights(tmp_path):
+    with tfhalf.PrecisionPlan().scope():
+        inputs = keras.Input([8, 8, 3])
+        x = keras.layers.Dense(8, name="dense")(keras.layers.Flatten()(inputs))
+        head = keras.layers.Dense(3, dtype="float32", name="head")
+        model = compiled(keras.Model(inputs, head(x)), initial_scale=1.0)
+    lines = []
+    progress = fit(model, tmp_path, train_data=lambda epoch: batches(epoch, np.nan), report=lines.append, epochs=2)
+    assert (model.optimizer.steps_taken, model.optimizer.steps_skipped) == (10, 2)
+    assert "the loss of a batch wasn't finite; 1 steps skipped so far, all weights are finite" in lines
+    assert np.isfinite(progress.best)
+
+
+def test_epoch_without_a_finite_metric_is_never_best(model, tmp_path):
+    bad = batches(99, np.nan)
+    with pytest.raises(training.TrainingError, match="val_loss wasn't finite in any epoch"):
+        training.fit(model, batches, bad, workdir=tmp_path, epochs=2, steps_per_epoch=6, monitor="val_loss", config={})
+
+
+def test_folder_in_use_is_refused(model, tmp_path):
+    with training._locked(tmp_path), pytest.raises(training.TrainingError, match="is in use by another run"):
+        fit(model, tmp_path)
+    fit(model, tmp_path, epochs=1)
+
+
+def test_moving_average_of_weights_is_refused(build_convnet):
+    with pytest.raises(ValueError, match="use_ema"):
+        training.compile_model(build_convnet(), keras.optimizers.Adam(use_ema=True), loss="mse", metrics=[])

@@ -62,6 +62,13 @@ _FORBIDDEN_OPS = {
     "EagerPyFunc": "needs this Python process",
     "ReadFile": "reads the server's files",
     "WriteFile": "writes the server's files",
+    "Save": "writes the server's files",
+    "SaveSlices": "writes the server's files",
+    "Restore": "reads the server's files",
+    "RestoreSlice": "reads the server's files",
+    "TextLineDataset": "reads the server's files",
+    "TFRecordDataset": "reads the server's files",
+    "FixedLengthRecordDataset": "reads the server's files",
     "MatchingFiles": "lists the server's files",
     "PrintV2": "prints on the server",
     "CudnnRNN": "runs on one kind of device only",
@@ -173,6 +180,8 @@ def export_saved_model(
     if input_signature is None:
         raise ExportError("input_signature is missing: say the dtypes and shapes of serve's inputs")
     samples = _named(inputs, input_signature)
+    if not callable(metadata):
+        metadata = _plain_json(metadata or {})
     if os.path.lexists(directory):
         raise ExportError(f"{directory} exists; choose another version")
     try:
@@ -241,7 +250,7 @@ def _write(model, stage: Path, samples, serve, input_signature, storage_dtype, t
     """Fills the staging folder and verifies what it wrote."""
     variables, kept = _half_variables(model, storage_dtype)
     module = tf.Module()
-    module.stored = {variable.path: stored for variable, stored in variables}
+    module.stored = [stored for _, stored in variables]
     functions, expected, computes = {}, {}, {}
     for name, scope in _signature_scopes(model).items():
         with scope:
@@ -249,12 +258,15 @@ def _write(model, stage: Path, samples, serve, input_signature, storage_dtype, t
             functions[name] = _trace(serve, input_signature, variables)
             # The same trace over the model's own float32 variables is what the artefact is compared with.
             outputs = _trace(serve, input_signature, [])(**{key: tf.constant(value) for key, value in samples.items()})
-            expected |= {f"{name}/{key}": tensor.numpy() for key, tensor in outputs.items()}
-    tf.saved_model.save(module, str(stage), signatures=functions)
+            expected |= {f"{name}/{key}": _bytes_not_objects(tensor.numpy()) for key, tensor in outputs.items()}
+    try:
+        tf.saved_model.save(module, str(stage), signatures=functions)
+    except AssertionError as error:  # TensorFlow's way to say that a table or a variable isn't the module's
+        raise ExportError(f"serve uses a resource that isn't a weight of the model: {_first_line(error)}") from error
     _check_operations(stage)
     (stage / _EXTRA).mkdir()
     (stage / "assets").mkdir(exist_ok=True)
-    np.savez(stage / _INPUTS, **samples)
+    np.savez(stage / _INPUTS, **{f"inputs/{name}": array for name, array in samples.items()})
     np.savez(stage / _OUTPUTS, **expected)
     _write_warmup(stage, samples)
     errors = _replay(stage)
@@ -283,10 +295,17 @@ def _write(model, stage: Path, samples, serve, input_signature, storage_dtype, t
         metadata={},
     )
     manifest.write(stage)
-    about = metadata(stage) if callable(metadata) else dict(metadata or {})
-    manifest = dataclasses.replace(manifest, metadata=json.loads(json.dumps(about)))
+    about = metadata(stage) if callable(metadata) else metadata
+    manifest = dataclasses.replace(manifest, metadata=_plain_json(about))
     manifest.write(stage)
     return manifest
+
+
+def _plain_json(metadata: dict) -> dict:
+    try:
+        return json.loads(json.dumps(metadata))
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"metadata must hold JSON values: {error}") from error
 
 
 def _serve_model(model: keras.Model):
@@ -312,12 +331,12 @@ def _named(inputs, signature: Mapping[str, tf.TensorSpec]) -> dict[str, np.ndarr
         inputs = {next(iter(signature)): inputs}
     if inputs.keys() != signature.keys():
         raise ExportError(f"inputs must be {wanted}; got {', '.join(map(str, inputs)) or 'none'}")
-    arrays = {name: np.asarray(inputs[name]) for name in signature}
+    arrays = {name: _bytes_not_objects(np.asarray(inputs[name])) for name in signature}
     for name, array in arrays.items():
         spec = signature[name]
         if spec.dtype.is_floating and array.dtype.kind in "iufb":
             arrays[name] = array = array.astype(spec.dtype.as_numpy_dtype)
-        same_kind = array.dtype.kind in "SUO" if spec.dtype == tf.string else array.dtype == spec.dtype.as_numpy_dtype
+        same_kind = array.dtype.kind in "SU" if spec.dtype == tf.string else array.dtype == spec.dtype.as_numpy_dtype
         if not same_kind or not spec.shape.is_compatible_with(array.shape):
             raise ExportError(
                 f"input {name} must be {spec.dtype.name}{spec.shape}; got {array.dtype}{list(array.shape)}"
@@ -325,10 +344,15 @@ def _named(inputs, signature: Mapping[str, tf.TensorSpec]) -> dict[str, np.ndarr
     return arrays
 
 
+def _bytes_not_objects(array: np.ndarray) -> np.ndarray:
+    """Strings as TensorFlow gives them, in an array that can be stored without pickle."""
+    return array.astype("S") if array.dtype.kind == "O" else array
+
+
 def _half_variables(model: keras.Model, storage_dtype: str):
-    """Returns [(Keras variable, stored tf.Variable)] and {path: why it kept its dtype}."""
+    """Returns [(Keras variable, stored tf.Variable)] and {name: why it kept its dtype}."""
     pairs, kept = [], {}
-    for variable in model.weights:
+    for index, variable in enumerate(model.weights):
         value = keras.ops.convert_to_numpy(variable)
         dtype = variable.dtype
         if dtype == "float32":
@@ -336,7 +360,7 @@ def _half_variables(model: keras.Model, storage_dtype: str):
                 raise ExportError(f"weight {variable.path} holds non-finite values; the model can't be served")
             reason = _why_keep(value, storage_dtype)
             if reason:
-                kept[variable.path] = reason
+                kept[variable.path if variable.path not in kept else f"{variable.path} (weight {index})"] = reason
             else:
                 dtype = storage_dtype
         pairs.append((variable, tf.Variable(tf.cast(value, dtype), trainable=False, name="stored")))
@@ -534,7 +558,7 @@ def _staging(directory: Path) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     with _locked(parent):
         for leftover in parent.glob(".staging-*"):
-            with contextlib.suppress(BlockingIOError), _locked(leftover, wait=False):
+            with contextlib.suppress(OSError), _locked(leftover, wait=False):  # in use, just published, or not ours
                 shutil.rmtree(leftover)
         stage = parent / f".staging-{directory.name}-{uuid.uuid4().hex[:8]}"
         stage.mkdir()

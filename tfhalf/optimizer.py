@@ -135,8 +135,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             )
         super().apply(grads, trainable_variables)
 
-    # The three methods below are Keras' private halves of `apply`. They are the only place to bound the scale and to
-    # count inside the branch that was taken; test_optimizer.py fails when Keras no longer calls them.
+    # Private Keras: the next two methods are the branches of its `apply`, and the only place to bound the scale and to
+    # count inside the branch that was taken. test_optimizer.py fails when Keras no longer calls them.
 
     def _stateful_handle_finite_grads(self, grads, trainable_variables):
         super()._stateful_handle_finite_grads(grads, trainable_variables)

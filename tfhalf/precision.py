@@ -31,8 +31,6 @@ _NORMALIZATIONS = (
     keras.layers.LayerNormalization,
     keras.layers.GroupNormalization,
     keras.layers.RMSNormalization,
-    keras.layers.UnitNormalization,
-    keras.layers.SpectralNormalization,
 )
 
 
@@ -337,6 +335,7 @@ def coverage(model: keras.Model, inputs=None) -> Coverage:
     rows = []
     for path, layer in layers_by_path(model).items():
         dtypes = work.get(id(layer), {})
+        # Private Keras: a layer's direct children, as in layers_by_path.
         children = {id(weight) for child in layer._layers for weight in child.weights}
         own = [weight for weight in layer.weights if id(weight) not in children]
         rows.append(

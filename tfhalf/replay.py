@@ -4,7 +4,8 @@
 
     python replay.py SAVED_MODEL_FOLDER INPUTS.npz OUTPUTS.npz
 
-INPUTS holds one array for each input; OUTPUTS gets one array for each output, named "signature/output".
+INPUTS holds an array "inputs/<name>" for each input; OUTPUTS gets an array "<signature>/<name>" for each output.
+Strings are byte strings of a fixed width, because pickles aren't loaded.
 """
 
 import sys
@@ -17,9 +18,9 @@ def main(folder: str, inputs_path: str, outputs_path: str) -> None:
     """Loads, runs, writes."""
     loaded = tf.saved_model.load(folder)
     with np.load(inputs_path, allow_pickle=False) as file:
-        inputs = {name: tf.constant(array) for name, array in file.items()}
+        inputs = {name.removeprefix("inputs/"): tf.constant(array) for name, array in file.items()}
     outputs = {
-        f"{signature}/{name}": tensor.numpy()
+        f"{signature}/{name}": tensor.numpy().astype("S") if tensor.dtype == tf.string else tensor.numpy()
         for signature, function in loaded.signatures.items()
         for name, tensor in function(**inputs).items()
     }

