@@ -74,7 +74,7 @@ class Task:
         build_optimizer: options, number of steps in all -> Keras optimizer.
         build_loss: options -> Keras loss.
         build_metrics: () -> Keras metrics for training.
-        monitor: the metric of validation that tells the best epoch, as "val_accuracy".
+        monitor: the metric of validation that tells the best epoch, as "val_loss".
         serve: model, data -> (function of named inputs, its input signature).
         score: served function, data -> metrics over the test part; "total" is its number of examples.
         metric: the one of them that decides.
@@ -240,8 +240,7 @@ def run(task: Task, options: types.SimpleNamespace) -> tfhalf.Manifest:
     if measured.multiply_adds_in_half:
         with precision.computing_in(model, "float32"):
             scores["trained, in float32"] = task.score(tf.function(serve, autograph=False), data)
-    say(task.describe(scores["trained"]))
-
+    say("exporting, and verifying in a fresh process")
     bundle = _version_folder(options, name)  # again: another run may have published meanwhile
     manifest = tfhalf.export_saved_model(
         model,
