@@ -211,6 +211,13 @@ def test_damaged_checkpoint_is_refused(model, tmp_path, content, build_convnet):
         fit(compiled(build_convnet()), tmp_path)
 
 
+def test_missing_best_weights_are_told(model, tmp_path, build_convnet):
+    fit(model, tmp_path, epochs=1)
+    (tmp_path / "best.npz").unlink()
+    with pytest.raises(training.TrainingError, match=r"best\.npz is damaged .*No such file"):
+        fit(compiled(build_convnet()), tmp_path, epochs=1)
+
+
 def test_place_that_cannot_be_written_is_named(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(training.TrainingError, match=r"workdir .*file/run can't be written: Not a directory"):

@@ -37,6 +37,8 @@ from tfhalf.optimizer import LossScaleOptimizer
 _LOG_EVERY_STEPS = 50
 _HEARTBEAT_SECONDS = 30.0
 _CHECKPOINT_SECONDS = 300.0
+# What numpy and json raise for a file that is missing, cut or not theirs.
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 
 class TrainingError(Exception):
@@ -170,8 +172,13 @@ def _fit(
             )
     if not progress.best_epoch:
         raise TrainingError(f"{monitor} wasn't finite in any epoch; compare with a float32 run")
-    with np.load(folder / "best.npz", allow_pickle=False) as file:
-        model.set_weights(list(file.values()))
+    try:
+        with np.load(folder / "best.npz", allow_pickle=False) as file:
+            model.set_weights(list(file.values()))
+    except _DAMAGE as error:
+        raise TrainingError(
+            f"{folder / 'best.npz'} is damaged ({error}); delete the folder or choose another one"
+        ) from error
     return progress
 
 
@@ -432,7 +439,7 @@ def _restore(model: keras.Model, folder: Path, config: dict) -> Progress:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         about = json.loads(str(arrays.pop("about")))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise TrainingError(f"{path} is damaged ({error}); delete the folder or choose another one") from error
     config = json.loads(json.dumps(config))
     differing = [
