@@ -204,8 +204,6 @@ def run(task: Task, options: types.SimpleNamespace) -> tfhalf.Manifest:
     name = options.saved_model_name or f"{task.name}_{options.dataset.replace('/', '_').replace(':', '_')}"
     config = _config(task, options)
     workdir = Path(options.workdir or _default_workdir(name, options, config))
-    keras.utils.set_random_seed(options.seed)
-
     data = task.load_data(options)
     if options.steps_per_epoch is not None:
         if options.steps_per_epoch > data.steps_per_epoch:
@@ -257,11 +255,13 @@ def run(task: Task, options: types.SimpleNamespace) -> tfhalf.Manifest:
 
 
 def build(task: Task, options: types.SimpleNamespace, data: Data) -> keras.Model:
-    """Builds the model under the plan and compiles it.
+    """Builds the model under the seed and the plan, and compiles it.
 
     Raises:
         AppError: the plan doesn't fit the model, or an output isn't float32.
     """
+    # Here and not earlier: preparing a data set draws random numbers, and the first run would differ from the next.
+    keras.utils.set_random_seed(options.seed)
     try:
         with options.plan.scope():
             model = task.build_model(options, data)

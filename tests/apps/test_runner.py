@@ -167,6 +167,24 @@ def test_what_does_not_exist_yet_is_refused(tmp_path):
     assert parse(f"--precision_plan={tmp_path}/plan.json").plan == tfhalf.PrecisionPlan("float32")
 
 
+def test_seed_decides_the_weights_whatever_was_drawn_before(data_dir):
+    # Preparing a data set draws random numbers: the first run of a machine once differed from the next.
+    import random
+
+    import numpy as np
+
+    from apps import runner
+    from apps.image import classification
+
+    options = parse(f"--data_dir={data_dir}", "--seed=5")
+    data = classification.load_data(options)
+    first = runner.build(classification.TASK, options, data).get_weights()
+    random.random()
+    np.random.rand()
+    for old, new in zip(first, runner.build(classification.TASK, options, data).get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
 def test_place_for_bundles_is_checked_before_training(tmp_path):
     from apps import runner
 
