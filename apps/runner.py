@@ -8,7 +8,6 @@ computes, the same weights in float32, and both again from the artefact on disk.
 from the trained model's by more than the task's margin isn't published.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -175,7 +174,7 @@ def options_of(values: flags.FlagValues, names: list[str]) -> types.SimpleNamesp
         except (OSError, ValueError) as error:
             raise AppError(f"--precision_plan={options.precision_plan}: {error}") from error
     ignored = sorted(options.given & {"initial_scale", "dynamic_growth_steps"})
-    if ignored and "mixed_float16" not in {options.plan.default, *options.plan.layers.values()}:
+    if ignored and not options.plan.needs_loss_scaling:
         raise AppError(f"--{ignored[0]} has no effect: nothing computes in float16; leave it out")
     return options
 
@@ -249,7 +248,7 @@ def run(task: Task, options: types.SimpleNamespace) -> tfhalf.Manifest:
         metadata=lambda stage: _metadata(task, options, config, data, progress, scores, stage),
     )
     say(f"published {bundle}")
-    _record(task, workdir, config, progress, scores, model, bundle, data)
+    _record(task, workdir, config, progress, scores, serve, bundle, data)
     say(_summary(task, workdir, bundle, manifest, measured, progress, model))
     return manifest
 
@@ -362,15 +361,17 @@ def _metadata(task: Task, options, config, data: Data, progress, scores, stage: 
     }
 
 
-def _record(task: Task, workdir: Path, config, progress, scores, model, bundle: Path, data: Data) -> None:
+def _record(task: Task, workdir: Path, config, progress, scores, serve, bundle: Path, data: Data) -> None:
     """Adds the test's result to metrics.json and TensorBoard."""
     step = progress.epoch * data.steps_per_epoch
-    with contextlib.suppress(OSError):  # the bundle is out; a full disk doesn't take it back
+    try:
         examples = workdir / "examples"
         examples.mkdir(exist_ok=True)
-        pictures = task.conclude(tf.function(task.serve(model, data)[0], autograph=False), data, examples)
+        pictures = task.conclude(tf.function(serve, autograph=False), data, examples)
         results = {"scores": scores, "bundle": str(bundle)}
         training.write_results(workdir, progress, config, results, pictures, step)
+    except OSError as error:  # the bundle is out; a full disk doesn't take it back
+        say(f"the test's result couldn't be written to {workdir}: {error}; the bundle has it in its manifest")
 
 
 def _summary(task: Task, workdir: Path, bundle: Path, manifest: tfhalf.Manifest, measured, progress, model) -> str:
@@ -395,7 +396,7 @@ def _summary(task: Task, workdir: Path, bundle: Path, manifest: tfhalf.Manifest,
         f"{name} {max(signature['max_error'].values()):.1e} (at most {signature['tolerance']:g})"
         for name, signature in manifest.signatures.items()
     )
-    workdir_, bundle_ = shlex.quote(str(workdir)), shlex.quote(str(bundle))
+    workdir_, bundle_, base = (shlex.quote(str(path)) for path in (workdir, bundle, bundle.parent.resolve()))
     lines += [
         f"  in half         {measured.multiply_adds_in_half:.1%} of multiply-adds, "
         f"{measured.parameters_in_half:.1%} of parameters",
@@ -408,6 +409,6 @@ def _summary(task: Task, workdir: Path, bundle: Path, manifest: tfhalf.Manifest,
         "",
         f"  look            .venv/bin/tensorboard --logdir={workdir_}/tensorboard",
         f"  predict         .venv/bin/python -m apps.predict --saved_model={bundle_} {workdir_}/examples",
-        f"  serve           TensorFlow Serving reads it: --model_base_path={shlex.quote(str(bundle.parent.resolve()))}",
+        f"  serve           laid out for TensorFlow Serving: --model_base_path={base}",
     ]
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """What several tests share: real data, one real training run, one bundle."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,51 @@ def build_convnet():
 def pictures() -> np.ndarray:
     """Twelve random pictures, float32 [12, 8, 8, 3]."""
     return np.random.default_rng(5).normal(size=[12, 8, 8, 3]).astype("float32")
+
+
+@pytest.fixture(scope="session")
+def trained_model():
+    """A mixed_float16 model whose BatchNormalization has real statistics."""
+    import keras
+
+    import tfhalf
+
+    keras.utils.set_random_seed(4)
+    with tfhalf.PrecisionPlan().scope():
+        inputs = keras.Input([16, 16, 3], name="picture")
+        x = keras.layers.Conv2D(32, 3, name="conv")(inputs)
+        x = keras.layers.BatchNormalization(name="norm")(x)
+        x = keras.layers.LeakyReLU(name="act")(x)
+        x = keras.layers.MaxPooling2D(4)(x)
+        x = keras.layers.Reshape([9, 32])(x)
+        x = keras.layers.Bidirectional(keras.layers.GRU(32, return_sequences=True, name="gru"), name="both")(x)
+        x = keras.layers.MultiHeadAttention(2, 16, name="attention")(x, x)
+        x = keras.layers.Flatten()(x)
+        x = keras.layers.Dense(256, activation="gelu", name="dense")(x)
+        model = keras.Model(inputs, keras.layers.Dense(10, dtype="float32", name="logits")(x))
+    random = np.random.default_rng(0)
+    model.compile("adam", "mse")
+    model.fit(random.normal(3, 2, [64, 16, 16, 3]), random.normal(size=[64, 10]), verbose=0, epochs=2)
+    return model
+
+
+@pytest.fixture(scope="session")
+def samples() -> np.ndarray:
+    """Six held-out pictures for `trained_model`."""
+    return np.random.default_rng(1).normal(3, 2, [6, 16, 16, 3]).astype("float32")
+
+
+@pytest.fixture(scope="session")
+def bundle(trained_model, samples, tmp_path_factory) -> Path:
+    """The bundle of `trained_model`; tests that change it use `copy`."""
+    import tfhalf
+
+    folder = tmp_path_factory.mktemp("base") / "model" / "1"
+    tfhalf.export_saved_model(trained_model, folder, inputs=samples, metadata={"task": "test"})
+    return folder
+
+
+@pytest.fixture
+def copy(bundle, tmp_path) -> Path:
+    """A copy of `bundle` to damage."""
+    return Path(shutil.copytree(bundle, tmp_path / "copy" / "1"))

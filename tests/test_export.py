@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,45 +22,6 @@ import tfhalf
 from tfhalf import export
 
 FLOAT16_ROUNDOFF = 2.0**-11
-
-
-@pytest.fixture(scope="module")
-def trained_model():
-    """A mixed_float16 model whose BatchNormalization has real statistics."""
-    keras.utils.set_random_seed(4)
-    with tfhalf.PrecisionPlan().scope():
-        inputs = keras.Input([16, 16, 3], name="picture")
-        x = keras.layers.Conv2D(32, 3, name="conv")(inputs)
-        x = keras.layers.BatchNormalization(name="norm")(x)
-        x = keras.layers.LeakyReLU(name="act")(x)
-        x = keras.layers.MaxPooling2D(4)(x)
-        x = keras.layers.Reshape([9, 32])(x)
-        x = keras.layers.Bidirectional(keras.layers.GRU(32, return_sequences=True, name="gru"), name="both")(x)
-        x = keras.layers.MultiHeadAttention(2, 16, name="attention")(x, x)
-        x = keras.layers.Flatten()(x)
-        x = keras.layers.Dense(256, activation="gelu", name="dense")(x)
-        model = keras.Model(inputs, keras.layers.Dense(10, dtype="float32", name="logits")(x))
-    random = np.random.default_rng(0)
-    model.compile("adam", "mse")
-    model.fit(random.normal(3, 2, [64, 16, 16, 3]), random.normal(size=[64, 10]), verbose=0, epochs=2)
-    return model
-
-
-@pytest.fixture(scope="module")
-def samples():
-    return np.random.default_rng(1).normal(3, 2, [6, 16, 16, 3]).astype("float32")
-
-
-@pytest.fixture(scope="module")
-def bundle(trained_model, samples, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "model" / "1"
-    tfhalf.export_saved_model(trained_model, folder, inputs=samples, metadata={"task": "test"})
-    return folder
-
-
-@pytest.fixture
-def copy(bundle, tmp_path) -> Path:
-    return Path(shutil.copytree(bundle, tmp_path / "copy" / "1"))
 
 
 def graph_of(folder: Path):
@@ -111,7 +71,7 @@ def test_signatures_compute_in_what_they_say(bundle):
 
 def test_variables_are_half_the_size_and_stored_once(bundle, trained_model, samples, tmp_path):
     full = tfhalf.export_saved_model(trained_model, tmp_path / "1", inputs=samples, storage_dtype="float32")
-    half = export.Manifest.read(bundle)
+    half = tfhalf.Manifest.read(bundle)
     assert half.sizes["variables"] <= 0.52 * full.sizes["variables"]
     assert half.fingerprint == full.fingerprint  # the same interface
     stored = tf.train.list_variables(str(bundle / "variables" / "variables"))
@@ -144,81 +104,6 @@ def test_warmup_requests_fit_the_signature(bundle, samples):
         np.testing.assert_array_equal(array, sample[np.newaxis])
         assert served(array)["logits"].shape == (1, 10)
     assert len(logs) == 4
-
-
-def test_saved_model_cli_reads_it(bundle):
-    tool = Path(sys.executable).with_name("saved_model_cli")
-    command = [tool, "show", "--dir", bundle, "--tag_set", "serve", "--signature_def", "serving_default"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "dtype: DT_FLOAT" in shown
-    assert "DT_HALF" not in shown
-
-
-def test_runs_without_keras(bundle, samples, tmp_path):
-    np.save(tmp_path / "x.npy", samples)
-    code = (
-        "import sys\n"
-        "sys.modules['keras'] = sys.modules['tfhalf'] = None  # importing them would fail\n"
-        "import numpy as np, tensorflow as tf\n"
-        f"f = tf.saved_model.load({str(bundle)!r}).signatures['serving_default']\n"
-        f"print(f(picture=tf.constant(np.load({str(tmp_path / 'x.npy')!r})))['logits'].shape)"
-    )
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/").stdout
-    assert printed == "(6, 10)\n"
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        ("flip a bit", r"variables\.data-00000-of-00001 isn't the file that was exported"),
-        ("truncate", r"saved_model\.pb isn't the file that was exported"),
-        ("remove", r"fingerprint\.pb is missing"),
-        ("add", r"assets/more\.txt isn't in its manifest"),
-        ("no manifest", "is no tfhalf bundle"),
-        ("broken manifest", "is no tfhalf bundle"),
-    ],
-)
-def test_damage_is_found_before_loading(copy, samples, damage, message):
-    data = copy / "variables" / "variables.data-00000-of-00001"
-    if damage == "flip a bit":
-        content = bytearray(data.read_bytes())
-        content[1000] ^= 1
-        data.write_bytes(content)
-    elif damage == "truncate":
-        os.truncate(copy / "saved_model.pb", 100)
-    elif damage == "remove":
-        (copy / "fingerprint.pb").unlink()
-    elif damage == "add":
-        (copy / "assets" / "more.txt").write_text("x")
-    elif damage == "no manifest":
-        (copy / "assets.extra" / "manifest.json").unlink()
-    else:
-        (copy / "assets.extra" / "manifest.json").write_text('{"files": {')
-    for check in (tfhalf.load_saved_model, tfhalf.verify):
-        with pytest.raises(tfhalf.ExportError, match=message):
-            check(copy)
-
-
-def test_verify_runs_the_signatures(copy):
-    # A bundle whose hashes are right and whose answers are wrong.
-    with np.load(copy / "assets.extra" / "sample_outputs.npz") as file:
-        outputs = dict(file)
-    outputs["serving_float32/logits"] = outputs["serving_float32/logits"] + 0.5
-    np.savez(copy / "assets.extra" / "sample_outputs.npz", **outputs)
-    manifest = export.Manifest.read(copy)
-    manifest.files.update(export._hashes(copy))
-    manifest.write(copy)
-    with pytest.raises(tfhalf.ExportError, match="serving_float32: logits differs from the training model by"):
-        tfhalf.verify(copy)
-
-
-def test_wrong_inputs_are_named(bundle, samples):
-    served = tfhalf.load_saved_model(bundle)
-    for inputs in ({"pictures": samples}, {"picture": samples[..., :2]}, {"picture": np.array(["a"])}, {}):
-        with pytest.raises(tfhalf.ExportError, match=r"picture.*float32"):
-            served(inputs)
-    with pytest.raises(tfhalf.ExportError, match="it has serving_default, serving_float32, serving_bfloat16"):
-        tfhalf.load_saved_model(bundle, "serving_float8")
 
 
 def dense(weights: np.ndarray, name: str = "dense") -> keras.Model:
@@ -328,10 +213,10 @@ def test_strings_in_and_out_and_awkward_names(tmp_path):
 
 
 def test_existing_versions_stay_as_they_are(copy, trained_model, samples):
-    before = export._hashes(copy)
+    before = tfhalf.bundle.hashes(copy)
     with pytest.raises(tfhalf.ExportError, match="exists; choose another version"):
         tfhalf.export_saved_model(trained_model, copy, inputs=samples)
-    assert export._hashes(copy) == before
+    assert tfhalf.bundle.hashes(copy) == before
     assert os.listdir(copy.parent) == ["1"]
 
 

@@ -10,7 +10,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tfhalf
 from tfhalf import training
@@ -76,29 +75,6 @@ def test_epochs_differ_and_repeat(tmp_path, build_convnet):
 def test_monitor_of_accuracy_is_best_when_highest(model, tmp_path):
     progress = fit(model, tmp_path, monitor="val_mae")
     assert progress.best == max(epoch["val_mae"] for epoch in progress.history)
-
-
-def test_tensorboard_shows_the_run(model, tmp_path):
-    png = tf.io.encode_png(np.full([5, 7, 3], 200, np.uint8)).numpy()
-    progress = fit(
-        model, tmp_path, show=lambda model: {"predictions": png}, config={"seed": 1, "plan": {"default": "x"}}
-    )
-    training.write_results(tmp_path, progress, {"seed": 1}, {"accuracy": 0.5}, {"confusion": png}, 18)
-    train, validation = (EventAccumulator(str(tmp_path / "tensorboard" / name)) for name in ("train", "validation"))
-    train.Reload()
-    validation.Reload()
-    tags = train.Tags()
-    assert set(tags["tensors"]) >= {
-        "batch/loss", "epoch/loss", "epoch/mae", "settings",
-        "optimizer/learning_rate", "optimizer/loss_scale", "optimizer/skipped_steps",
-    }  # fmt: skip
-    assert tags["graph"]
-    assert "_hparams_/session_start_info" in train.summary_metadata
-    assert set(validation.Tags()["tensors"]) == {"epoch/loss", "epoch/mae", "predictions", "confusion"}
-    assert [event.step for event in train.Tensors("epoch/loss")] == [6, 12, 18]
-    seen = [float(tf.make_ndarray(event.tensor_proto)) for event in validation.Tensors("epoch/loss")]
-    np.testing.assert_allclose(seen, [epoch["val_loss"] for epoch in progress.history], rtol=1e-6)
-    assert json.loads((tmp_path / "metrics.json").read_text())["results"] == {"accuracy": 0.5}
 
 
 SCRIPT = """

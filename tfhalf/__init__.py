@@ -1,6 +1,7 @@
 """tfhalf: half-precision training and serving with Keras that is right, fast and proven."""
 
-from tfhalf.export import ExportError, Manifest, export_saved_model, load_saved_model, verify
+from tfhalf.bundle import ExportError, Manifest, load_saved_model, verify
+from tfhalf.export import export_saved_model
 from tfhalf.optimizer import LossScaleOptimizer
 from tfhalf.precision import PrecisionPlan, coverage
 

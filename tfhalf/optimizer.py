@@ -130,8 +130,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:
             raise RuntimeError(
-                "LossScaleOptimizer: several replicas aren't supported yet, because an overflow on one of them would "
-                "make every weight NaN; train on one device"
+                "LossScaleOptimizer: several replicas aren't supported yet, because Keras would look for an overflow "
+                "in one replica's gradients only; train on one device"
             )
         super().apply(grads, trainable_variables)
 

@@ -151,6 +151,11 @@ class PrecisionPlan:
         model.train_function = model.test_function = model.predict_function = None
         return model
 
+    @property
+    def needs_loss_scaling(self) -> bool:
+        """Whether the plan lets any layer compute in float16."""
+        return "mixed_float16" in {self.default, *self.layers.values()}
+
     def to_json(self) -> dict:
         """Returns the plan as plain JSON values; `from_json` is its inverse."""
         return {"default": self.default, "layers": dict(self.layers)}
@@ -210,6 +215,11 @@ def computing_in(model: keras.Model, dtype: str) -> Iterator[None]:
 def compute_dtypes(model: keras.Model) -> set[str]:
     """Returns the dtypes that a model's layers are set to compute in."""
     return {layer.compute_dtype for layer in layers_by_path(model).values()}
+
+
+def needs_loss_scaling(model: keras.Model) -> bool:
+    """Returns whether a layer computes in float16, whose gradients underflow; bfloat16 has float32's range."""
+    return "float16" in compute_dtypes(model)
 
 
 def require_float32_outputs(model: keras.Model, inputs=None) -> None:

