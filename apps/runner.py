@@ -1,4 +1,4 @@
-"""The one sequence of every app: data, model, train, evaluate, export, verify, report.
+"""The one sequence of every app: devices, data, model, train, evaluate, export, verify, report.
 
 An app describes its task as a value, a `Task` of plain functions; the flags that all tasks share are defined here once.
 The functions get the parsed flags as `options`, a namespace; nothing else reads flags.
@@ -27,12 +27,14 @@ import tensorflow_datasets as tfds
 from absl import app, flags, logging
 
 import tfhalf
-from tfhalf import datasets, precision, training
+from tfhalf import datasets, distribution, precision, training
 
 POLICIES = ("mixed_float16", "mixed_bfloat16", "float32", "auto")
 _NUM_SAMPLES = 16
-# Where things lie doesn't change what a run is; the plan is compared by content.
+# Where things lie, how often they are saved and on how many devices doesn't change what a run is; the plan is compared
+# by content.
 _PATH_FLAGS = {"data_dir", "workdir", "saved_model_dir", "saved_model_name", "saved_model_version", "precision_plan"}
+_MACHINE_FLAGS = {"keep", "checkpoint_seconds", "num_logical_devices"}
 
 Call = Callable[..., dict[str, tf.Tensor]]
 
@@ -140,9 +142,20 @@ def define_flags(task: Task, values: flags.FlagValues) -> list[str]:
     flags.DEFINE_string("saved_model_dir", "saved_models", "Folder that bundles are published in.", **here)
     flags.DEFINE_string("saved_model_name", None, "Name of the bundle. Default: <task>_<data set>.", **here)
     flags.DEFINE_integer("saved_model_version", None, "Version, 1 or more. Default: the next free one.", 1, **here)
-    strategies = ["none", "mirrored", "multi_worker"]
-    flags.DEFINE_enum("distribute", "none", strategies, "Distribution strategy; none so far.", **here)
-    flags.DEFINE_bool("jit_compile", False, "Compile the training step with XLA.", **here)
+    flags.DEFINE_integer("keep", 2, "Checkpoints that stay, 1 or more.", 1, **here)
+    saving_help = "Seconds between checkpoints within an epoch, 0 or more; each epoch ends with one anyway."
+    flags.DEFINE_float("checkpoint_seconds", 300.0, saving_help, 0.0, **here)
+    accumulation_help = "Batches whose mean gradient makes one step, 1 or more."
+    flags.DEFINE_integer("gradient_accumulation_steps", 1, accumulation_help, 1, **here)
+    distribute_help = (
+        "none: one device. mirrored: all GPUs of this machine. multi_worker: this process is one of the workers in the "
+        "environment variable TF_CONFIG; python -m apps.launch starts some here. --batch_size is the sum of all parts."
+    )
+    flags.DEFINE_enum("distribute", "none", ["none", "mirrored", "multi_worker"], distribute_help, **here)
+    logical_help = "Replicas on the CPU, 1 or more, to try --distribute=mirrored without GPUs."
+    flags.DEFINE_integer("num_logical_devices", None, logical_help, 1, **here)
+    flags.DEFINE_bool("deterministic", False, "The same numbers in every run, bit by bit; may be slower.", **here)
+    flags.DEFINE_bool("jit_compile", False, "Compile the training step with XLA; on one device.", **here)
     task.define_flags(values)
     names = sorted(set(values) - others)
     for name in names:  # so that --help shows them, though another module defined them
@@ -161,8 +174,8 @@ def options_of(values: flags.FlagValues, names: list[str]) -> types.SimpleNamesp
     for name in names:
         if isinstance(values[name].value, float) and not math.isfinite(values[name].value):
             raise AppError(f"--{name}={values[name].value} must be a finite number")
-    if options.distribute != "none":
-        raise AppError(f"--distribute={options.distribute} isn't possible yet: leave it out to train on one device")
+    if options.distribute != "none" and options.jit_compile:
+        raise AppError(f"--jit_compile and --distribute={options.distribute} exclude each other; leave one out")
     if options.dtype_policy == "auto":
         raise AppError(f"--dtype_policy=auto isn't possible yet: choose one of {', '.join(POLICIES[:-1])}")
     options.plan = tfhalf.PrecisionPlan(options.dtype_policy)
@@ -186,6 +199,9 @@ def exit_code(body: Callable[[list[str]], None], argv: list[str]) -> int:
     except (AppError, datasets.DatasetError, training.TrainingError, tfhalf.ExportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except distribution.DistributionError as error:
+        print(f"error: --distribute: {error}", file=sys.stderr)
+        return 1
     except tf.errors.OpError as error:
         print(f"error: TensorFlow stopped: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
@@ -198,27 +214,23 @@ def exit_code(body: Callable[[list[str]], None], argv: list[str]) -> int:
     return 0
 
 
-def run(task: Task, options: types.SimpleNamespace) -> tfhalf.Manifest:
-    """The sequence. Returns the manifest of the bundle that it published."""
+def run(task: Task, options: types.SimpleNamespace) -> tfhalf.Manifest | None:
+    """The sequence. Returns the manifest of the bundle that it published, or None in a worker that isn't the chief."""
+    strategy = distribution.make_strategy(options.distribute, options.num_logical_devices)
+    workers = distribution.Workers(strategy)
+    if options.deterministic:
+        tf.config.experimental.enable_op_determinism()
     name = options.saved_model_name or f"{task.name}_{options.dataset.replace('/', '_').replace(':', '_')}"
     config = _config(task, options)
     workdir = Path(options.workdir or _default_workdir(name, options, config))
-    data = task.load_data(options)
-    if options.steps_per_epoch is not None:
-        if options.steps_per_epoch > data.steps_per_epoch:
-            raise AppError(
-                f"--steps_per_epoch={options.steps_per_epoch} is more than the {data.steps_per_epoch} batches of "
-                f"{options.dataset}; lower it or --batch_size"
-            )
-        data = dataclasses.replace(data, steps_per_epoch=options.steps_per_epoch)
-    model = build(task, options, data)
-    _version_folder(options, name)  # to be told now, not after hours of training
+    data = _load(task, options, workers)
+    with strategy.scope():
+        model = build(task, options, data)
     measured = tfhalf.coverage(model)
-    say(f"{task.name} on {options.dataset}, {options.plan.default}: {model.count_params():,} parameters")
-    if measured.multiply_adds_in_half:
-        islands = ", ".join(measured.islands) or "none"
-        say(f"{measured.multiply_adds_in_half:.1%} of multiply-adds in half; float32 islands: {islands}")
-    say(f"workdir {workdir}")
+    if workers.is_chief:
+        _version_folder(options, name)  # to be told now, not after hours of training
+        _introduce(task, options, model, measured, workers)
+        say(f"workdir {workdir}")
 
     progress = training.fit(
         model,
@@ -229,9 +241,51 @@ def run(task: Task, options: types.SimpleNamespace) -> tfhalf.Manifest:
         steps_per_epoch=data.steps_per_epoch,
         monitor=task.monitor,
         config=config,
+        keep=options.keep,
+        checkpoint_seconds=options.checkpoint_seconds,
         show=lambda model: task.show(model, data),
         report=say,
     )
+    manifest = None
+    if workers.is_chief:
+        manifest = _conclude(task, options, name, config, workdir, data, model, measured, progress)
+    workers.wait_for_all()  # a worker that leaves earlier would look like one that died
+    return manifest
+
+
+def _introduce(task: Task, options, model: keras.Model, measured, workers: distribution.Workers) -> None:
+    say(f"{task.name} on {options.dataset}, {options.plan.default}: {model.count_params():,} parameters")
+    if measured.multiply_adds_in_half:
+        islands = ", ".join(measured.islands) or "none"
+        say(f"{measured.multiply_adds_in_half:.1%} of multiply-adds in half; float32 islands: {islands}")
+    if options.distribute != "none":
+        share = options.batch_size // workers.num_replicas
+        say(f"{workers.num_replicas} replicas, {share} of a batch's {options.batch_size} examples each")
+
+
+def _load(task: Task, options: types.SimpleNamespace, workers: distribution.Workers) -> Data:
+    if options.batch_size % workers.num_replicas:
+        raise AppError(
+            f"--batch_size={options.batch_size} is shared out to {workers.num_replicas} replicas: it must be a multiple"
+        )
+    data = task.load_data(options)
+    if options.steps_per_epoch is None:
+        return data
+    if options.steps_per_epoch > data.steps_per_epoch:
+        raise AppError(
+            f"--steps_per_epoch={options.steps_per_epoch} is more than the {data.steps_per_epoch} batches of "
+            f"{options.dataset}; lower it or --batch_size"
+        )
+    return dataclasses.replace(data, steps_per_epoch=options.steps_per_epoch)
+
+
+def _conclude(task, options, name, config, workdir, data, trained, measured, progress) -> tfhalf.Manifest:
+    """Evaluates, exports, verifies and reports."""
+    model = trained
+    if options.distribute != "none":
+        # Scored and exported as on one device: a mirrored variable asks the other replicas, or workers, for its value.
+        model = build(task, options, data)
+        model.set_weights(trained.get_weights())
     serve, signature = task.serve(model, data)
     scores = {"trained": task.score(tf.function(serve, autograph=False), data)}
     if measured.multiply_adds_in_half:
@@ -249,7 +303,7 @@ def run(task: Task, options: types.SimpleNamespace) -> tfhalf.Manifest:
     )
     say(f"published {bundle}")
     _record(task, workdir, config, progress, scores, serve, bundle, data)
-    say(_summary(task, workdir, bundle, manifest, measured, progress, model))
+    say(_summary(task, workdir, bundle, manifest, measured, progress, data, trained))
     return manifest
 
 
@@ -267,10 +321,11 @@ def build(task: Task, options: types.SimpleNamespace, data: Data) -> keras.Model
         options.plan.apply(model)
         training.compile_model(
             model,
-            task.build_optimizer(options, options.epochs * data.steps_per_epoch),
+            task.build_optimizer(options, options.epochs * data.steps_per_epoch // options.gradient_accumulation_steps),
             loss=task.build_loss(options),
             metrics=task.build_metrics(),
             jit_compile=options.jit_compile,
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
             initial_scale=options.initial_scale,
             dynamic_growth_steps=options.dynamic_growth_steps,
         )
@@ -318,7 +373,7 @@ def _version_folder(options: types.SimpleNamespace, name: str) -> Path:
 
 def _config(task: Task, options: types.SimpleNamespace) -> dict[str, Any]:
     """What makes a run what it is."""
-    left_out = _PATH_FLAGS | {"plan", "given", "dtype_policy"}
+    left_out = _PATH_FLAGS | _MACHINE_FLAGS | {"plan", "given", "dtype_policy"}
     plain = {name: value for name, value in vars(options).items() if name not in left_out}
     return {"task": task.name, "plan": options.plan.to_json()} | dict(sorted(plain.items()))
 
@@ -374,7 +429,7 @@ def _record(task: Task, workdir: Path, config, progress, scores, serve, bundle: 
         say(f"the test's result couldn't be written to {workdir}: {error}; the bundle has it in its manifest")
 
 
-def _summary(task: Task, workdir: Path, bundle: Path, manifest: tfhalf.Manifest, measured, progress, model) -> str:
+def _summary(task: Task, workdir: Path, bundle: Path, manifest, measured, progress, data: Data, model) -> str:
     metrics = manifest.metadata["metrics"]
     float32_bytes = sum(int(np.prod(weight.shape)) * 4 for weight in model.weights)
     lines = [
@@ -390,8 +445,8 @@ def _summary(task: Task, workdir: Path, bundle: Path, manifest: tfhalf.Manifest,
     lines.append("")
     if isinstance(model.optimizer, tfhalf.LossScaleOptimizer):
         scaled = model.optimizer
-        steps = scaled.steps_skipped + scaled.steps_taken
-        lines.append(f"  loss scale      {scaled.scale:g} at the end; {scaled.steps_skipped} of {steps} steps skipped")
+        batches = progress.epoch * data.steps_per_epoch
+        lines.append(f"  loss scale      {scaled.scale:g} at the end; {scaled.steps_skipped} of {batches} steps skipped")
     errors = ", ".join(
         f"{name} {max(signature['max_error'].values()):.1e} (at most {signature['tolerance']:g})"
         for name, signature in manifest.signatures.items()

@@ -20,7 +20,7 @@ def run_module(*arguments: str, cwd: Path = ROOT, **options) -> subprocess.Compl
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=options.pop("timeout", 300),
         check=False,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         **options,

@@ -11,9 +11,9 @@ SOURCES = sorted([*ROOT.glob("tfhalf/**/*.py"), *ROOT.glob("apps/**/*.py"), *ROO
 
 # What each module may import of ours; a package's name stands for all inside it.
 LAYERS = [
-    {"tfhalf.precision", "tfhalf.replay", "tfhalf.bundle"},
-    {"tfhalf.optimizer"},
-    {"tfhalf.reporting"},
+    {"tfhalf.precision", "tfhalf.replay", "tfhalf.bundle", "tfhalf.distribution"},
+    {"tfhalf.optimizer", "tfhalf.checkpoint"},
+    {"tfhalf.reporting", "tfhalf.compilation"},
     {"tfhalf.training", "tfhalf.export", "tfhalf.datasets"},
     {"tfhalf"},
     {"apps.runner"},

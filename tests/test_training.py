@@ -62,7 +62,7 @@ def test_leaves_the_best_weights_and_a_record(model, tmp_path):
         "skipped_steps",
     }
     assert [line.split(":")[0] for line in lines] == [f"Epoch {n}/4" for n in (1, 2, 3, 4)]
-    assert {p.name for p in tmp_path.iterdir()} == {"last.npz", "best.npz", "metrics.json", "tensorboard"}
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoints", "best.npz", "metrics.json", "tensorboard"}
 
 
 def test_epochs_differ_and_repeat(tmp_path, build_convnet):

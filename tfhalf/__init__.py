@@ -1,8 +1,9 @@
 """tfhalf: half-precision training and serving with Keras that is right, fast and proven."""
 
 from tfhalf.bundle import ExportError, Manifest, load_saved_model, verify
+from tfhalf.compilation import compile_model
 from tfhalf.export import export_saved_model
-from tfhalf.optimizer import LossScaleOptimizer
+from tfhalf.optimizer import LossScaleOptimizer, StopWhenStalled
 from tfhalf.precision import PrecisionPlan, coverage
 
 __version__ = "0.1.0"
@@ -11,6 +12,8 @@ __all__ = [
     "LossScaleOptimizer",
     "Manifest",
     "PrecisionPlan",
+    "StopWhenStalled",
+    "compile_model",
     "coverage",
     "export_saved_model",
     "load_saved_model",

@@ -1,26 +1,26 @@
 """One training run: Keras `fit`, epoch by epoch, that can be watched, stopped, killed and taken up again.
 
 Rules. The batches of an epoch are a pure function of the epoch (`train_data(epoch)`), so the state of a run is its
-variables, the epoch and the step: one file, `last.npz`, written beside and renamed, holds them all, the random
-generators' too. Resuming restores it and skips the batches that were seen. A folder that holds a run with another
-configuration is refused. Loss scaling is decided by what the layers compute in, never by the model's own policy name.
+variables, the epoch and the step: one file in `checkpoints/` holds them all, the random generators' too, and the best
+epoch's weights. Resuming restores it and skips the batches that were seen. A folder that holds another run is refused.
 
-A run's folder: `last.npz` (state), `best.npz` (weights of the best epoch, in the order of `model.weights`),
-`metrics.json`, `tensorboard/`. One process at a time uses it.
+Under a distribution strategy the same holds: variables are equal in every replica, so that the chief's file is
+everybody's. Only the chief writes; what one worker decides by its clock or a signal, all do at the same step.
 
-It doesn't build models, read data or export, and runs on one device.
+A run's folder: `checkpoints/` (states), `best.npz` (weights of the best epoch, in the order of `model.weights`),
+`metrics.json`, `tensorboard/`. One run at a time uses it.
+
+It doesn't build models, read data or export; `compile_model` is in a file of its own.
 """
 
 import contextlib
 import dataclasses
-import fcntl
-import io
 import json
 import os
+import re
 import signal
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfhalf import precision, reporting
+from tfhalf import checkpoint, distribution, reporting
+from tfhalf.compilation import compile_model
 from tfhalf.optimizer import LossScaleOptimizer
 
-_CHECKPOINT_SECONDS = 300.0
-# What numpy and json raise for a file that is missing, cut or not theirs.
-_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+__all__ = ["InterruptedRun", "Progress", "TrainingError", "compile_model", "fit", "write_results"]
+
+# Workers ask each other about stopping and saving this often: a network round trip each.
+_AGREE_EVERY_STEPS = 10
+_BEST = "best:"
+_INTERRUPTED = "interrupted; the state is saved, the same command goes on from here"
 
 
 class TrainingError(Exception):
@@ -47,7 +51,7 @@ class InterruptedRun(Exception):  # noqa: N818 - it is no error
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run is: what `last.npz` holds beside the variables.
+    """Where a run is: what a checkpoint holds beside the variables.
 
     Attributes:
         epoch: epochs that are complete.
@@ -64,30 +68,6 @@ class Progress:
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
 
-def compile_model(
-    model: keras.Model, optimizer: keras.optimizers.Optimizer, *, loss, metrics, jit_compile=False, **scaling
-) -> None:
-    """Compiles a model, with a `LossScaleOptimizer` exactly if one of its layers computes in float16.
-
-    Args:
-        model: a built model with float32 outputs.
-        optimizer: a Keras optimizer that doesn't scale the loss.
-        loss: as in `keras.Model.compile`.
-        metrics: as in `keras.Model.compile`.
-        jit_compile: whether XLA compiles the step.
-        **scaling: arguments of `LossScaleOptimizer`; without effect where nothing computes in float16.
-
-    Raises:
-        ValueError: an output of the model isn't float32; the optimizer keeps a moving average of the weights.
-    """
-    precision.require_float32_outputs(model)
-    if getattr(optimizer, "use_ema", False):
-        raise ValueError("use_ema overwrites the weights at each end of fit, which is once an epoch here: leave it out")
-    if precision.needs_loss_scaling(model):
-        optimizer = LossScaleOptimizer(optimizer, **scaling)
-    model.compile(optimizer=optimizer, loss=loss, metrics=metrics, jit_compile=jit_compile, auto_scale_loss=False)
-
-
 def fit(
     model: keras.Model,
     train_data: Callable[[int], tf.data.Dataset],
@@ -98,6 +78,8 @@ def fit(
     steps_per_epoch: int,
     monitor: str,
     config: dict[str, Any],
+    keep: int = 2,
+    checkpoint_seconds: float = 300.0,
     show: Callable[[keras.Model], dict[str, bytes]] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Progress:
@@ -105,71 +87,62 @@ def fit(
 
     Args:
         model: compiled by `compile_model`.
-        train_data: epoch (from 0) to its batches, at least `steps_per_epoch`; must give the same batches each time.
-        validation_data: batches that the epochs are compared on.
-        workdir: the run's folder; made if missing.
+        train_data: epoch (from 0) to its global batches, at least `steps_per_epoch`; must give the same ones each time.
+        validation_data: global batches that the epochs are compared on.
+        workdir: the run's folder; made if missing. Several workers must see the same one.
         epochs: number of epochs in all.
         steps_per_epoch: batches of one epoch.
         monitor: the metric of validation that is best when highest, as "val_accuracy"; best when lowest where it
             ends in "loss".
         config: plain JSON values that make this run what it is. A folder with another config is refused.
+        keep: checkpoints that stay, at least 1.
+        checkpoint_seconds: time between checkpoints within an epoch; there is one after each epoch anyway.
         show: gives PNG pictures by tag, after each epoch, for TensorBoard.
-        report: is called with each line that a person should read.
+        report: is called with each line that a person should read, in the chief only.
 
     Returns:
         The run's `Progress`.
 
     Raises:
         TrainingError: the folder can't be used, the loss became non-finite, or every step was skipped.
+        distribution.DistributionError: workers were started with different settings.
         InterruptedRun: Ctrl-C or SIGTERM; the state is saved.
     """
     folder = Path(workdir)
+    workers = distribution.Workers(model.distribute_strategy)
+    report = report if workers.is_chief else lambda line: None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".writable", "wb"):
-            pass
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise TrainingError(f"workdir {folder} can't be written: {error.strerror}; choose another one") from error
-    with _locked(folder):
-        if not model.optimizer.built:
-            model.optimizer.build(model.trainable_variables)
-        progress = _restore(model, folder, config)
-        if progress.epoch or progress.step:
-            report(f"resuming {folder} after epoch {progress.epoch}, step {progress.step}")
-        board = reporting.TensorBoard(folder / "tensorboard", progress, config, steps_per_epoch, show)
-        with _stop_signals() as stop, board:
-            for epoch in range(progress.epoch, epochs):
-                # fit once per epoch: each epoch has its own data, and a resumed one fewer steps.
-                first = progress.step
-                watch = _Watch(first, report)
-                saver = _Saver(folder, progress, config, monitor, watch)
-                model.fit(
-                    train_data(epoch).skip(first),
-                    initial_epoch=epoch,
-                    epochs=epoch + 1,
-                    steps_per_epoch=steps_per_epoch - first,
-                    validation_data=validation_data,
-                    shuffle=False,
-                    verbose=0,
-                    callbacks=[
-                        reporting.ProgressBar(steps_per_epoch, first, epochs, report),
-                        watch,
-                        board,
-                        saver,
-                        _Interrupt(stop, saver),
-                    ],
-                )
-        if not progress.best_epoch:
-            raise TrainingError(f"{monitor} wasn't finite in any epoch; compare with a float32 run")
-        try:
-            with np.load(folder / "best.npz", allow_pickle=False) as file:
-                model.set_weights(list(file.values()))
-        except _DAMAGE as error:
-            raise TrainingError(
-                f"{folder / 'best.npz'} is damaged ({error}); delete the folder or choose another one"
-            ) from error
-        return progress
+        with checkpoint.locked(folder) if workers.is_chief else contextlib.nullcontext():
+            run = _Run(model, folder, config, keep, report, workers)
+            progress = run.progress
+            if progress.epoch or progress.step:
+                report(f"resuming {folder} after epoch {progress.epoch}, step {progress.step}")
+            board = reporting.TensorBoard(folder / "tensorboard", progress, config, steps_per_epoch, show)
+            with _stop_signals() as stop, board if workers.is_chief else contextlib.nullcontext():
+                for epoch in range(progress.epoch, epochs):
+                    # fit once per epoch: each epoch has its own data, and a resumed one fewer steps.
+                    first = progress.step
+                    watch = _Watch(first, report)
+                    saver = _Saver(run, monitor, watch, stop, checkpoint_seconds)
+                    shown = [reporting.ProgressBar(steps_per_epoch, first, epochs, report), watch, board, saver]
+                    with watch.explained():
+                        model.fit(
+                            distribution.shard(train_data(epoch).skip(first)),
+                            initial_epoch=epoch,
+                            epochs=epoch + 1,
+                            steps_per_epoch=steps_per_epoch - first,
+                            validation_data=distribution.shard(validation_data),
+                            shuffle=False,
+                            verbose=0,
+                            callbacks=shown if workers.is_chief else [watch, saver],
+                        )
+            if not progress.best_epoch:
+                raise TrainingError(f"{monitor} wasn't finite in any epoch; compare with a float32 run")
+            run.save_best()  # again: a kill may have come between the epoch's checkpoint and the file
+            model.set_weights(list(run.best.values()))
+            return progress
+    except checkpoint.CheckpointError as error:
+        raise TrainingError(str(error)) from error
 
 
 def write_results(
@@ -202,19 +175,33 @@ class _Watch(keras.callbacks.Callback):
     def __init__(self, first: int, report: Callable[[str], None]):
         super().__init__()
         self._first, self._report = first, report
+        self._step = first
 
     def on_train_batch_end(self, batch, logs=None):
         # The logged loss is the epoch's running mean: once NaN it stays NaN, so that no batch is missed.
+        self._step = self._first + batch + 1
         if batch % reporting.LOG_EVERY_STEPS == 0:
             stalled = isinstance(self.model.optimizer, LossScaleOptimizer) and self.model.optimizer.stalled
             if stalled or not np.isfinite(reporting.floats(logs).get("loss", 0.0)):
-                self.check(f"step {self._first + batch + 1}", logs)
+                self.check(f"step {self._step}", logs)
 
     def on_epoch_end(self, epoch, logs=None):
         self.check(f"the end of epoch {epoch + 1}", logs)
         if not np.isfinite(reporting.floats(logs).get("loss", 0.0)):
             skipped = self.model.optimizer.steps_skipped
             self._report(f"the loss of a batch wasn't finite; {skipped} steps skipped so far, all weights are finite")
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turns the optimizer's own error, out of the graph, into ours."""
+        try:
+            yield
+        except tf.errors.InvalidArgumentError as error:
+            said = re.search(r"assertion failed: \[(LossScaleOptimizer: .*)\]", str(error))
+            if not said:
+                raise
+            reason = said[1].replace("] [", " ").replace(" ;", ";")
+            raise TrainingError(f"training stopped at step {self._step + 1}: {reason}") from error
 
     def check(self, when: str, logs) -> None:
         """Raises unless all weights are finite and a non-finite loss was one whose step was skipped."""
@@ -233,77 +220,104 @@ class _Watch(keras.callbacks.Callback):
         )
 
 
-class _Saver(keras.callbacks.Callback):
-    """Writes the state after each epoch, the best weights before it, and every five minutes within an epoch."""
+class _Run:
+    """A run's state, in memory and on disk: the model's variables, the progress, the best epoch's weights."""
 
-    def __init__(self, folder: Path, progress: Progress, config: dict, monitor: str, watch: _Watch):
+    def __init__(self, model, folder: Path, config: dict, keep: int, report, workers: distribution.Workers):
+        self.folder, self.workers = folder, workers
+        self.progress, self.best = Progress(), {}
+        self._model, self._config = model, config
+        self._checkpoints = checkpoint.Checkpoints(folder / "checkpoints", keep, report, workers.is_chief)
+        if not model.optimizer.built:
+            with model.distribute_strategy.scope():
+                model.optimizer.build(model.trainable_variables)
+        self._about = {"config": config, "model": checkpoint.describe(model)}  # now: training changes learning rates
+        self._restore()
+        place = {"epoch": self.progress.epoch, "step": self.progress.step}
+        workers.check_same(self._about | place, "the settings and the checkpoint")
+
+    def _restore(self) -> None:
+        """Reads the newest checkpoint into the model; nothing is assigned unless all of it fits."""
+        found = self._checkpoints.newest()
+        if not found:
+            return
+        arrays, about = found
+        checkpoint.require_same(self.folder, about, self._about)
+        self.best = {name: array for name, array in arrays.items() if name.startswith(_BEST)}
+        values = [array for name, array in arrays.items() if name not in self.best]
+        for variable, value in zip(_state(self._model).values(), values, strict=True):
+            variable.assign(value)
+        self.progress = Progress(**about["progress"])
+
+    def note_best(self) -> None:
+        """Keeps the weights as they are now as the best epoch's."""
+        weights = {f"{index:05d}:{weight.path}": weight for index, weight in enumerate(self._model.weights)}
+        self.best = _values(weights, _BEST)
+        self.save_best()
+
+    def save_best(self) -> None:
+        """Writes `best.npz`, for people: a resumed run has the weights from its checkpoint."""
+        if self.workers.is_chief:
+            weights = {name.removeprefix(_BEST): array for name, array in self.best.items()}
+            with checkpoint.guard_disk(self.folder):
+                checkpoint.replace(self.folder / "best.npz", lambda file: np.savez(file, **weights))
+
+    def save(self) -> None:
+        """Writes a checkpoint and `metrics.json`."""
+        if self.workers.is_chief:
+            progress = self.progress
+            about = self._about | {"progress": dataclasses.asdict(progress)}
+            self._checkpoints.save(progress.epoch, progress.step, _values(_state(self._model)) | self.best, about)
+            with checkpoint.guard_disk(self.folder):
+                _write_metrics(self.folder, progress, self._config, {})
+
+
+class _Saver(keras.callbacks.Callback):
+    """Saves after each epoch and by the clock within one, and leaves `fit` between two batches when asked to stop."""
+
+    def __init__(self, run: _Run, monitor: str, watch: _Watch, stop: threading.Event, seconds: float):
         super().__init__()
-        self._folder, self._progress, self._config, self._monitor = folder, progress, config, monitor
-        self._watch = watch
+        self._run, self._monitor, self._watch, self._stop, self._seconds = run, monitor, watch, stop, seconds
         self._sign = -1.0 if monitor.endswith("loss") else 1.0
+        self._first = run.progress.step
 
     def on_epoch_begin(self, epoch, logs=None):
         self._start = self._saved = time.monotonic()
-        self._first = self._progress.step
 
     def on_train_batch_end(self, batch, logs=None):
-        if time.monotonic() - self._saved >= _CHECKPOINT_SECONDS and not self.is_last(batch):
-            self.save(batch, logs)
-
-    def is_last(self, batch: int) -> bool:
-        """Whether the epoch ends with this batch of the present `fit`, and saves by itself."""
-        return batch + 1 == self.params["steps"]
+        if batch + 1 == self.params["steps"]:  # the end of the epoch saves by itself
+            return
+        if self._run.workers.several and batch % _AGREE_EVERY_STEPS:
+            return
+        due = time.monotonic() - self._saved >= self._seconds
+        stop, due = self._run.workers.any(self._stop.is_set(), due)
+        if stop or due:
+            step = self._first + batch + 1
+            self._watch.check(f"step {step}", logs)
+            self._run.progress.step = step
+            self._run.save()
+            self._run.progress.step = self._first
+            self._saved = time.monotonic()
+        if stop:
+            raise InterruptedRun(_INTERRUPTED)
 
     def on_epoch_end(self, epoch, logs=None):
         logs = reporting.floats(logs)
         if self._monitor not in logs:
             raise TrainingError(f"monitor {self._monitor!r} isn't among the metrics: {', '.join(logs)}")
-        progress = self._progress
+        progress = self._run.progress
         value = logs[self._monitor]
         if np.isfinite(value) and (progress.best is None or self._sign * value > self._sign * progress.best):
             progress.best, progress.best_epoch = value, epoch + 1
-            _guard_disk(self._folder, self._save_best)
+            self._run.note_best()
         seconds = round(time.monotonic() - self._start, 3)
         progress.history.append(
             {"epoch": epoch + 1, "seconds": seconds} | logs | reporting.optimizer_state(self.model.optimizer)
         )
         progress.epoch, progress.step = epoch + 1, 0
-        _guard_disk(self._folder, self._save_state)
-
-    def save(self, batch: int, logs) -> None:
-        """Saves the state in mid-epoch, after this batch of the present `fit`."""
-        self._watch.check(f"step {self._first + batch + 1}", logs)
-        self._progress.step = self._first + batch + 1
-        _guard_disk(self._folder, self._save_state)
-        self._progress.step = self._first
-        self._saved = time.monotonic()
-
-    def _save_best(self) -> None:
-        weights = {f"{i:05d}:{w.path}": keras.ops.convert_to_numpy(w) for i, w in enumerate(self.model.weights)}
-        _replace(self._folder / "best.npz", lambda file: np.savez(file, **weights))
-
-    def _save_state(self) -> None:
-        arrays = {name: keras.ops.convert_to_numpy(variable) for name, variable in _state(self.model).items()}
-        about = json.dumps({"progress": dataclasses.asdict(self._progress), "config": self._config})
-        _replace(self._folder / "last.npz", lambda file: np.savez(file, about=np.array(about), **arrays))
-        _write_metrics(self._folder, self._progress, self._config, {})
-
-
-class _Interrupt(keras.callbacks.Callback):
-    """Leaves `fit` between two batches once a stop was asked for, so that the saved state is a whole step."""
-
-    def __init__(self, stop: threading.Event, saver: _Saver):
-        super().__init__()
-        self._stop, self._saver = stop, saver
-
-    def on_train_batch_end(self, batch, logs=None):
-        if self._stop.is_set() and not self._saver.is_last(batch):
-            self._saver.save(batch, logs)
-            raise InterruptedRun("interrupted; the state is saved, the same command goes on from here")
-
-    def on_epoch_end(self, epoch, logs=None):
-        if self._stop.is_set():
-            raise InterruptedRun("interrupted; the state is saved, the same command goes on from here")
+        self._run.save()
+        if self._run.workers.any(self._stop.is_set())[0]:
+            raise InterruptedRun(_INTERRUPTED)
 
 
 @contextlib.contextmanager
@@ -336,79 +350,11 @@ def _state(model: keras.Model) -> dict[str, keras.Variable]:
     return {f"{index:05d}:{variable.path}": variable for index, variable in enumerate(variables)}
 
 
-def _restore(model: keras.Model, folder: Path, config: dict) -> Progress:
-    """Reads `last.npz` into the model; nothing is assigned unless all of it fits."""
-    path = folder / "last.npz"
-    if not path.exists():
-        return Progress()
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        about = json.loads(str(arrays.pop("about")))
-    except _DAMAGE as error:
-        raise TrainingError(f"{path} is damaged ({error}); delete the folder or choose another one") from error
-    config = json.loads(json.dumps(config))
-    differing = [
-        key for key in sorted(config.keys() | about["config"].keys()) if config.get(key) != about["config"].get(key)
-    ]
-    if differing:
-        changes = ", ".join(f"{key}: {about['config'].get(key)!r} there, {config.get(key)!r} here" for key in differing)
-        raise TrainingError(
-            f"workdir {folder} holds a run with other settings ({changes}); use the same settings or another folder"
-        )
-    state = _state(model)
-    shapes = {name: tuple(variable.shape) for name, variable in state.items()}
-    # Names carry Keras' counters, which differ between processes; order and shapes are what must agree.
-    if list(shapes.values()) != [array.shape for array in arrays.values()]:
-        raise TrainingError(f"workdir {folder} holds another model; choose another folder")
-    for variable, array in zip(state.values(), arrays.values(), strict=True):
-        variable.assign(array)
-    return Progress(**about["progress"])
-
-
-def _guard_disk(folder: Path, write: Callable[[], None]) -> None:
-    try:
-        write()
-    except OSError as error:
-        raise TrainingError(
-            f"can't write the checkpoint in {folder}: {error}; an earlier one is intact: free space and run again"
-        ) from error
-
-
-def _replace(path: Path, write: Callable[[io.BufferedWriter], Any]) -> None:
-    """Writes a file beside, syncs it, and renames it over the old one."""
-    beside = path.with_name(f".{path.name}")
-    try:
-        with open(beside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # the rename itself
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds a lock on a run's folder that ends with the process, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TrainingError(f"workdir {folder} is in use by another run; choose another one") from error
-        yield
-    finally:
-        os.close(descriptor)
+def _values(variables: dict[str, keras.Variable], prefix: str = "") -> dict[str, np.ndarray]:
+    """The variables' values, copied: a view would follow the training."""
+    return {prefix + name: np.array(keras.ops.convert_to_numpy(v)) for name, v in variables.items()}
 
 
 def _write_metrics(folder: Path, progress: Progress, config: dict[str, Any], results: dict[str, Any]) -> None:
     value = {"config": config, "best_epoch": progress.best_epoch, "epochs": progress.history, "results": results}
-    _replace(folder / "metrics.json", lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+    checkpoint.replace(folder / "metrics.json", lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))

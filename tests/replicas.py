@@ -1,0 +1,235 @@
+"""A program for tests: trains on two replicas and says how that compares with one device.
+
+    python -m tests.replicas --case=steps --distribute=mirrored
+
+Under `multi_worker` each of two processes runs it (`apps.launch`). The last line that it prints is JSON. A process has
+one strategy only: a second one breaks TensorFlow's collectives.
+"""
+
+import argparse
+import json
+import zlib
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfhalf import LossScaleOptimizer, PrecisionPlan, compilation, distribution
+
+NUM_STEPS = 8
+BAD_STEPS = (2, 3)
+BATCH = 8
+_CLASSES = "Adadelta Adafactor Adagrad Adamax Ftrl Lion Nadam ScheduleFreeAdamW".split()
+
+
+def configurations(every: bool) -> dict:
+    """Name to a function of the class that scales the loss; `every` adds the rest of Keras' optimizers."""
+    optimizers, decay = keras.optimizers, keras.optimizers.schedules.ExponentialDecay
+    inner = {
+        "sgd": lambda: optimizers.SGD(0.1),
+        "momentum": lambda: optimizers.SGD(0.1, momentum=0.9, nesterov=True),
+        "adam_clipnorm": lambda: optimizers.Adam(0.01, clipnorm=0.1),
+        "sgd_global_clipnorm": lambda: optimizers.SGD(0.1, global_clipnorm=0.05),
+        "sgd_clipvalue": lambda: optimizers.SGD(0.1, clipvalue=0.01),
+        "adamw_schedule": lambda: optimizers.AdamW(decay(0.01, 2, 0.5), weight_decay=0.1),
+        "sgd_average": lambda: optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5),
+        "sgd_overwrite": lambda: optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=3),
+        "multi": lambda: optimizers.MultiOptimizer(
+            optimizers.OptimizerMap(optimizers.Adam(0.01), {".*bias": optimizers.SGD(0.1)})
+        ),
+        "rmsprop": lambda: optimizers.RMSprop(0.01),
+        "lamb": lambda: optimizers.Lamb(0.01),
+        "muon": lambda: optimizers.Muon(0.01),
+    }
+    if every:
+        inner |= {name.lower(): lambda name=name: getattr(optimizers, name)(0.01) for name in _CLASSES}
+    made = {name: lambda make=make: LossScaleOptimizer(make(), dynamic_growth_steps=4) for name, make in inner.items()}
+    made["accumulation"] = lambda: LossScaleOptimizer(
+        optimizers.Adam(0.01, clipnorm=0.1), gradient_accumulation_steps=2
+    )
+    return made
+
+
+def build_classifier() -> keras.Model:
+    """Ids to two numbers: dense and sparse gradients."""
+    keras.utils.set_random_seed(0)
+    ids = keras.Input([3], dtype="int32")
+    x = keras.layers.Flatten()(keras.layers.Embedding(5, 4)(ids))
+    return keras.Model(ids, keras.layers.Dense(2)(keras.layers.Dense(8, activation="tanh")(x)))
+
+
+def train(strategy: tf.distribute.Strategy, make_optimizer, bad_replica: int | None):
+    """A custom loop, in which one replica's gradients overflow at BAD_STEPS; one device stands for any replica."""
+    num = strategy.num_replicas_in_sync
+    random = np.random.default_rng(0)
+    ids, targets = random.integers(0, 5, [NUM_STEPS, BATCH, 3]), random.normal(size=[NUM_STEPS, BATCH, 2])
+    with strategy.scope():
+        model, optimizer = build_classifier(), make_optimizer()
+        optimizer.build(model.trainable_variables)
+
+    @tf.function
+    def step(ids, targets, factor):
+        def on_replica(ids, targets, factor):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((model(ids, training=True) - targets) ** 2) / num
+                loss = optimizer.scale_loss(loss)
+            grads = tape.gradient(loss, model.trainable_weights)
+            spoilt = [
+                tf.IndexedSlices(g.values * factor, g.indices, g.dense_shape)
+                if isinstance(g, tf.IndexedSlices)
+                else g * factor
+                for g in grads
+            ]
+            optimizer.apply_gradients(zip(spoilt, model.trainable_weights, strict=True))
+
+        strategy.run(on_replica, args=(ids, targets, factor))
+
+    def parts(array):
+        def part(context):
+            return tf.split(array, num)[context.replica_id_in_sync_group]
+
+        return strategy.experimental_distribute_values_from_function(part) if num > 1 else tf.constant(array)
+
+    for index in range(NUM_STEPS):
+        factors = np.ones([num], "float32")
+        if bad_replica is not None and index in BAD_STEPS:
+            factors[bad_replica if num > 1 else 0] = np.inf
+        step(parts(ids[index]), parts(targets[index].astype("float32")), parts(factors))
+    return model, optimizer
+
+
+def equal_replicas(strategy: tf.distribute.Strategy, variables) -> bool:
+    """Whether this process's replicas hold the same bits."""
+    local = [[value.numpy() for value in strategy.experimental_local_results(v.value)] for v in variables]
+    return all(np.array_equal(values[0], value) for values in local for value in values)
+
+
+def digest(variables) -> int:
+    """Tells whether two processes hold the same bits."""
+    return zlib.crc32(b"".join(np.ascontiguousarray(v.numpy()).tobytes() for v in variables))
+
+
+def finite(model: keras.Model) -> bool:
+    """Whether all weights are."""
+    return all(np.all(np.isfinite(weight)) for weight in model.get_weights())
+
+
+def case_steps(strategy: tf.distribute.Strategy, every: bool) -> dict:
+    """One device against two replicas, for each optimizer and each place of an overflow."""
+    alone = tf.distribute.get_strategy()
+    results = {}
+    for name, make in configurations(every).items():
+        references = {spoilt: train(alone, make, 0 if spoilt else None) for spoilt in (False, True)}
+        for bad in (None, 0, 1):
+            expected, reference = references[bad is not None]
+            model, optimizer = train(strategy, make, bad)
+            pairs = zip(expected.get_weights(), model.get_weights(), strict=True)
+            results[f"{name}, overflow on {bad}"] = {
+                "difference": max(float(np.max(np.abs(one - two))) for one, two in pairs),
+                "equal": equal_replicas(strategy, [*model.variables, *optimizer.variables]),
+                "counters": counters(optimizer),
+                "one_device": counters(reference),
+                "finite": finite(model),
+                "digest": digest([*model.variables, *optimizer.variables]),
+            }
+    return results
+
+
+def case_stock(strategy: tf.distribute.Strategy, every: bool) -> dict:
+    """Keras' own class on the same steps (KERAS.md rows 1 and 2)."""
+
+    def make():
+        return keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1))
+
+    model, _ = train(strategy, make, 1)
+    return {"finite": finite(model)}
+
+
+def counters(optimizer) -> list:
+    """Scale, steps taken, skipped, skipped in a row."""
+    return [optimizer.scale, optimizer.steps_taken, optimizer.steps_skipped, optimizer.consecutive_skips]
+
+
+def build_convnet(policy: str) -> keras.Model:
+    """With statistics and a loss that is added. No activity regulariser: Keras sums it over a replica's part of a batch."""
+    keras.utils.set_random_seed(1)
+    with PrecisionPlan(policy).scope():
+        pictures = keras.Input([8, 8, 3])
+        x = keras.layers.Conv2D(8, 3, padding="same", use_bias=False, kernel_regularizer="l2")(pictures)
+        # Synchronised, so that two halves of a batch are normalised as the whole.
+        x = keras.layers.BatchNormalization(synchronized=True)(x)
+        x = keras.layers.Flatten()(keras.layers.ReLU()(x))
+        return keras.Model(pictures, keras.layers.Dense(3, dtype="float32")(x))
+
+
+def fit(strategy: tf.distribute.Strategy, policy: str, num_steps: int, poison: bool = False, **scaling):
+    """Keras' `fit` on global batches, through `compile_model`."""
+    random = np.random.default_rng(2)
+    x = random.normal(size=[num_steps * BATCH, 8, 8, 3]).astype("float32")
+    if poison:
+        x[BATCH * 2 + 7] = 60000.0  # the third batch's last picture overflows in float16, on the second replica
+    y = random.normal(size=[num_steps * BATCH, 3]).astype("float32")
+    data = distribution.shard(tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH, drop_remainder=True))
+    held_out = distribution.shard(tf.data.Dataset.from_tensor_slices((x[:20], y[:20])).batch(BATCH))
+    with strategy.scope():
+        model = build_convnet(policy)
+        optimizer = keras.optimizers.SGD(0.1, momentum=0.9, clipnorm=0.1)
+        compilation.compile_model(model, optimizer, loss="mse", metrics=["mae"], **scaling)
+    history = model.fit(data, validation_data=held_out, verbose=0, shuffle=False).history
+    return model, {name: values[-1] for name, values in history.items()}
+
+
+def case_fit(strategy: tf.distribute.Strategy, every: bool) -> dict:
+    """`fit` in each policy, with clipping and accumulation, beside one device; and with an overflow in the forward pass."""
+    alone = tf.distribute.get_strategy()
+    results = {}
+    for policy in ("float32", "mixed_bfloat16", "mixed_float16"):
+        for steps in (1, 2):
+            settings = {"gradient_accumulation_steps": steps}
+            expected, reference = fit(alone, policy, 6, **settings)
+            model, logs = fit(strategy, policy, 6, **settings)
+            pairs = list(zip(expected.get_weights(), model.get_weights(), strict=True))
+            results[f"{policy}, {steps} batches a step"] = {
+                "difference": max(float(np.max(np.abs(one - two))) for one, two in pairs),
+                "logs": logs,
+                "one_device": reference,
+                "equal": equal_replicas(strategy, model.variables),
+                "digest": digest(model.variables),
+                "predicted": model.predict(np.ones([4, 8, 8, 3], "float32"), verbose=0).shape,
+            }
+    model, _ = fit(strategy, "mixed_float16", 6, poison=True)
+    results["overflow in the forward pass"] = {
+        "finite": finite(model),
+        "equal": equal_replicas(strategy, model.variables),
+        "counters": counters(model.optimizer),
+    }
+    return results
+
+
+def case_probing(strategy: tf.distribute.Strategy, every: bool) -> dict:
+    """The scale doubles every other step until gradients overflow, again and again."""
+    model, logs = fit(strategy, "mixed_float16", 512 if every else 128, dynamic_growth_steps=2)
+    return {
+        "finite": finite(model),
+        "equal": equal_replicas(strategy, [*model.variables, *model.optimizer.variables]),
+        "digest": digest([*model.variables, *model.optimizer.variables]),
+        "counters": counters(model.optimizer),
+        "loss": logs["loss"],
+    }
+
+
+def main() -> None:
+    """Runs one case."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--case", choices=("steps", "stock", "fit", "probing"))
+    parser.add_argument("--distribute", choices=("mirrored", "multi_worker"))
+    parser.add_argument("--every", action="store_true")
+    given = parser.parse_args()
+    strategy = distribution.make_strategy(given.distribute, 2 if given.distribute == "mirrored" else None)
+    results = globals()[f"case_{given.case}"](strategy, given.every)
+    distribution.Workers(strategy).wait_for_all()
+    print(json.dumps(results), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""A model compiled for half precision and for several replicas: what Keras' own training step leaves out.
+
+* The loss is scaled exactly if a layer computes in float16, whatever the model's own policy is called.
+* A skipped step takes back what layers did to themselves in its forward pass. Keras' BatchNormalization has seen the
+  batch by then: one overflow turns its moving statistics into NaN while the weights look fine.
+* On several replicas the moving statistics are averaged after each step. Keras 3 lets each replica keep its own, and
+  saves the first one's.
+* Losses that layers add (`add_loss`, activity regularisers) are summed in float32; Keras adds half to float32, which fails.
+* `fit` works under `MultiWorkerMirroredStrategy`: Keras 3.15 takes means over an axis that its scalars don't have.
+
+All of it is put on the one model, nothing on Keras. It doesn't train (`tfhalf.training`).
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import keras
+import tensorflow as tf
+
+from tfhalf import precision
+from tfhalf.optimizer import LossScaleOptimizer
+
+# What is put on the model, and taken off when it is compiled again.
+_OVERRIDDEN = (
+    "train_step",
+    "test_step",
+    "make_train_function",
+    "make_test_function",
+    "_aggregate_additional_loss",
+    "_maybe_symbolic_build",
+)
+
+
+def compile_model(
+    model: keras.Model,
+    optimizer: keras.optimizers.Optimizer,
+    *,
+    loss,
+    metrics,
+    jit_compile=False,
+    gradient_accumulation_steps=1,
+    **scaling,
+) -> None:
+    """Compiles a model so that `fit` is right in every policy, on one device or under a distribution strategy.
+
+    Args:
+        model: a built model with float32 outputs; under a strategy built, and compiled, in its scope.
+        optimizer: a Keras optimizer that doesn't scale the loss.
+        loss: as in `keras.Model.compile`.
+        metrics: as in `keras.Model.compile`.
+        jit_compile: whether XLA compiles the step.
+        gradient_accumulation_steps: batches that make one step, at least 1.
+        **scaling: arguments of `LossScaleOptimizer`; without effect where nothing computes in float16.
+
+    Raises:
+        ValueError: an output of the model isn't float32; the optimizer keeps a moving average of the weights.
+    """
+    precision.require_float32_outputs(model)
+    if getattr(optimizer, "use_ema", False):
+        raise ValueError("use_ema overwrites the weights at each end of fit, which is once an epoch here: leave it out")
+    if precision.needs_loss_scaling(model):
+        optimizer = LossScaleOptimizer(optimizer, gradient_accumulation_steps=gradient_accumulation_steps, **scaling)
+    elif _strategy(model) is not None or gradient_accumulation_steps > 1:
+        # With a scale of 1, for the rest of it: Keras clips each replica's part, and can't accumulate under a strategy.
+        one = {"initial_scale": 1.0, "min_scale": 1.0, "max_scale": 1.0}
+        optimizer = LossScaleOptimizer(optimizer, gradient_accumulation_steps=gradient_accumulation_steps, **one)
+    for name in _OVERRIDDEN:
+        model.__dict__.pop(name, None)
+    model.compile(optimizer=optimizer, loss=loss, metrics=metrics, jit_compile=jit_compile, auto_scale_loss=False)
+    _add_losses_in_float32(model)
+    _regularise_activities_in_float32(model)
+    if isinstance(optimizer, LossScaleOptimizer):
+        _guard_statistics(model)
+    if _strategy(model) is not None:
+        _fit_under_strategy(model, _strategy(model))
+
+
+def _strategy(model: keras.Model) -> tf.distribute.Strategy | None:
+    # Private Keras: the strategy whose scope the model was made in; the public property never says "none".
+    return model._distribute_strategy
+
+
+def _add_losses_in_float32(model: keras.Model) -> None:
+    # Private Keras: it hands each added loss through this method on its way into the sum.
+    aggregate = model._aggregate_additional_loss
+    model._aggregate_additional_loss = lambda loss: aggregate(tf.cast(loss, tf.float32))
+
+
+def _regularise_activities_in_float32(model: keras.Model) -> None:
+    """Lets activity regularisers see float32: a float16 sum of squares ends at 65504."""
+    layers = [
+        layer
+        for layer in precision.layers_by_path(model).values()
+        if layer.compute_dtype in precision.HALF_DTYPES and getattr(layer, "activity_regularizer", None)
+    ]
+    if not layers:
+        return
+
+    @contextlib.contextmanager
+    def in_float32() -> Iterator[None]:
+        regularizers = [layer.activity_regularizer for layer in layers]
+        try:
+            for layer, regularizer in zip(layers, regularizers, strict=True):
+                layer.activity_regularizer = lambda x, inner=regularizer: inner(tf.cast(x, tf.float32))
+            yield
+        finally:  # so that the layers are saved as they were made
+            for layer, regularizer in zip(layers, regularizers, strict=True):
+                layer.activity_regularizer = regularizer
+
+    def wrap(kind: str) -> None:
+        make = getattr(model, f"make_{kind}_function")
+
+        def make_function(force=False):
+            if getattr(model, f"{kind}_function") is None or force:
+                make(force=True)
+                setattr(model, f"{kind}_function", in_float32()(getattr(model, f"{kind}_function")))
+            return getattr(model, f"{kind}_function")
+
+        setattr(model, f"make_{kind}_function", make_function)
+
+    # Around the whole function, and not in the step: replicas' threads take turns in the middle of a step.
+    wrap("train")
+    wrap("test")
+
+
+def _guard_statistics(model: keras.Model) -> None:
+    """Takes back what a skipped step did to variables that aren't trained, and averages them over the replicas."""
+    step, optimizer = model.train_step, model.optimizer
+
+    @functools.wraps(step)
+    def train_step(*args, **kwargs):
+        # Private Keras: the variables that layers assign themselves; a frozen layer's kernels aren't among them, as in
+        # the public non_trainable_weights, nor are random states.
+        layers = [model, *precision.layers_by_path(model).values()]
+        statistics = list({id(v): v for layer in layers for v in layer._non_trainable_variables}.values())
+        before = [tf.identity(variable.value) for variable in statistics]
+        skipped = optimizer.steps_skipped
+        logs = step(*args, **kwargs)
+        taken = tf.equal(optimizer.steps_skipped, skipped)
+        after = [tf.identity(variable.value) for variable in statistics]
+        if model.distribute_strategy.num_replicas_in_sync > 1:
+            after = _mean_over_replicas(after)
+        for variable, old, new in zip(statistics, before, after, strict=True):
+            variable.assign(tf.where(taken, new, old))
+        return logs
+
+    model.train_step = train_step
+
+
+def _mean_over_replicas(values: list[tf.Tensor]) -> list[tf.Tensor]:
+    """Averages the floats, all in one call; integers are counts of steps, the same everywhere."""
+    floats = [value for value in values if value.dtype.is_floating]
+    if not floats:
+        return values
+    means = iter(tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.MEAN, floats))
+    return [next(means) if value.dtype.is_floating else value for value in values]
+
+
+def _fit_under_strategy(model: keras.Model, strategy: tf.distribute.Strategy) -> None:
+    built = False
+
+    def build_once(iterator=None, data_batch=None):
+        nonlocal built
+        if built:
+            return
+        if iterator is not None:
+            for _, _, batches in iterator:
+                data_batch = next(batches)
+                break
+        with strategy.scope():
+            model._symbolic_build(data_batch=tf.nest.map_structure(_local, data_batch))
+        built = True
+
+    def _local(value):
+        return strategy.experimental_local_results(value)[0]
+
+    # Private Keras: it reads a batch before each fit, and takes the mean of several workers' batches over no axis, which
+    # fails; shapes and dtypes are all that is needed of it.
+    model._maybe_symbolic_build = build_once
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return
+
+    def vectors(step):
+        @functools.wraps(step)
+        def wrapped(*args, **kwargs):
+            return tf.nest.map_structure(lambda value: tf.reshape(value, [-1]), step(*args, **kwargs))
+
+        return wrapped
+
+    # Keras' reduce_per_replica takes the mean of the logs over axis 0 there, which scalars don't have.
+    model.train_step = vectors(model.train_step)
+    model.test_step = vectors(model.test_step)
