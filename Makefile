@@ -1,10 +1,10 @@
-# make demo | make test | make data: each builds .venv itself when it is missing or setup.cfg has changed.
+# make demo | make test | make data | make soak: each builds .venv itself when it is missing or setup.cfg has changed.
 # Needs Python 3.11; `make PYTHON=/path/to/python3.11 ...` names another one.
 PYTHON ?= python3.11
 RUN := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: demo test data clean
+.PHONY: demo test data soak clean
 
 demo: $(INSTALLED)
 	$(RUN) -m apps.image.classification --dataset=mnist_5k --dtype_policy=mixed_float16 --workdir=runs/demo
@@ -17,6 +17,10 @@ test: $(INSTALLED)
 
 data: $(INSTALLED)
 	$(RUN) -m apps.data --dataset=mnist_5k,fashion_mnist
+
+# Long campaigns: kills at random moments, overflows on two replicas; about half an hour.
+soak: $(INSTALLED)
+	$(RUN) -m pytest -m soak --numprocesses=0 -s
 
 clean:
 	rm -rf .venv *.egg-info

@@ -30,7 +30,7 @@ def define_flags(values: flags.FlagValues) -> None:
     """Defines this program's flags."""
     here = {"flag_values": values}
     flags.DEFINE_integer("num_workers", 2, "Worker processes, 2 to 64.", 2, 64, **here)
-    flags.DEFINE_float("grace_seconds", 10.0, "Time a stopped worker has to save its state, 0 to 3600.", 0, 3600, **here)
+    flags.DEFINE_float("grace_seconds", 10.0, "Time a stopped worker has to save, 0 to 3600.", 0, 3600, **here)
 
 
 def main(argv: list[str]) -> int:

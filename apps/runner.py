@@ -446,7 +446,9 @@ def _summary(task: Task, workdir: Path, bundle: Path, manifest, measured, progre
     if isinstance(model.optimizer, tfhalf.LossScaleOptimizer):
         scaled = model.optimizer
         batches = progress.epoch * data.steps_per_epoch
-        lines.append(f"  loss scale      {scaled.scale:g} at the end; {scaled.steps_skipped} of {batches} steps skipped")
+        lines.append(
+            f"  loss scale      {scaled.scale:g} at the end; {scaled.steps_skipped} of {batches} steps skipped"
+        )
     errors = ", ".join(
         f"{name} {max(signature['max_error'].values()):.1e} (at most {signature['tolerance']:g})"
         for name, signature in manifest.signatures.items()

@@ -8,18 +8,19 @@ one strategy only: a second one breaks TensorFlow's collectives.
 
 import argparse
 import json
+import tempfile
 import zlib
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tfhalf import LossScaleOptimizer, PrecisionPlan, compilation, distribution
+from tfhalf import LossScaleOptimizer, PrecisionPlan, compilation, distribution, training
 
 NUM_STEPS = 8
 BAD_STEPS = (2, 3)
 BATCH = 8
-_CLASSES = "Adadelta Adafactor Adagrad Adamax Ftrl Lion Nadam ScheduleFreeAdamW".split()
+_CLASSES = ["Adadelta", "Adafactor", "Adagrad", "Adamax", "Ftrl", "Lion", "Nadam", "ScheduleFreeAdamW"]
 
 
 def configurations(every: bool) -> dict:
@@ -116,10 +117,9 @@ def finite(model: keras.Model) -> bool:
 
 def case_steps(strategy: tf.distribute.Strategy, every: bool) -> dict:
     """One device against two replicas, for each optimizer and each place of an overflow."""
-    alone = tf.distribute.get_strategy()
     results = {}
     for name, make in configurations(every).items():
-        references = {spoilt: train(alone, make, 0 if spoilt else None) for spoilt in (False, True)}
+        references = {spoilt: train(_alone(), make, 0 if spoilt else None) for spoilt in (False, True)}
         for bad in (None, 0, 1):
             expected, reference = references[bad is not None]
             model, optimizer = train(strategy, make, bad)
@@ -136,13 +136,39 @@ def case_steps(strategy: tf.distribute.Strategy, every: bool) -> dict:
 
 
 def case_stock(strategy: tf.distribute.Strategy, every: bool) -> dict:
-    """Keras' own class on the same steps (KERAS.md rows 1 and 2)."""
+    """Keras' own class on the same steps (KERAS.md rows 1, 2, 8 and 9)."""
 
-    def make():
-        return keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1))
+    def make(**settings):
+        return lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1, **settings))
 
-    model, _ = train(strategy, make, 1)
-    return {"finite": finite(model)}
+    results = {"finite": finite(train(strategy, make(), 1)[0])}
+    pairs = [train(where, make(clipnorm=0.05), None)[0].get_weights() for where in (strategy, _alone())]
+    results["clipped_difference"] = max(float(np.max(np.abs(one - two))) for one, two in zip(*pairs, strict=True))
+    average = {"use_ema": True, "ema_overwrite_frequency": 3}
+    for name, settings in (("accumulation", {"gradient_accumulation_steps": 2}), ("overwriting", average)):
+        try:
+            train(strategy, make(**settings), None)
+            results[name] = ""
+        except RuntimeError as error:
+            results[name] = str(error)
+    return results
+
+
+def case_stock_fit(strategy: tf.distribute.Strategy, every: bool) -> dict:
+    """Keras' own `fit` (KERAS.md row 3)."""
+    with strategy.scope():
+        model = build_convnet("float32")
+        model.compile("sgd", "mse")
+    try:
+        model.fit(np.ones([16, 8, 8, 3], "float32"), np.ones([16, 3], "float32"), batch_size=8, verbose=0)
+    except (ValueError, TypeError, RuntimeError) as error:
+        return {"failed": type(error).__name__}
+    return {"failed": ""}
+
+
+def _alone() -> tf.distribute.Strategy:
+    """One device."""
+    return tf.distribute.get_strategy()
 
 
 def counters(optimizer) -> list:
@@ -151,7 +177,7 @@ def counters(optimizer) -> list:
 
 
 def build_convnet(policy: str) -> keras.Model:
-    """With statistics and a loss that is added. No activity regulariser: Keras sums it over a replica's part of a batch."""
+    """With statistics and an added loss. No activity regulariser: Keras sums it over a replica's part of a batch."""
     keras.utils.set_random_seed(1)
     with PrecisionPlan(policy).scope():
         pictures = keras.Input([8, 8, 3])
@@ -180,13 +206,12 @@ def fit(strategy: tf.distribute.Strategy, policy: str, num_steps: int, poison: b
 
 
 def case_fit(strategy: tf.distribute.Strategy, every: bool) -> dict:
-    """`fit` in each policy, with clipping and accumulation, beside one device; and with an overflow in the forward pass."""
-    alone = tf.distribute.get_strategy()
+    """`fit` in each policy, clipped and accumulating, beside one device; and an overflow in the forward pass."""
     results = {}
     for policy in ("float32", "mixed_bfloat16", "mixed_float16"):
         for steps in (1, 2):
             settings = {"gradient_accumulation_steps": steps}
-            expected, reference = fit(alone, policy, 6, **settings)
+            expected, reference = fit(_alone(), policy, 6, **settings)
             model, logs = fit(strategy, policy, 6, **settings)
             pairs = list(zip(expected.get_weights(), model.get_weights(), strict=True))
             results[f"{policy}, {steps} batches a step"] = {
@@ -218,10 +243,71 @@ def case_probing(strategy: tf.distribute.Strategy, every: bool) -> dict:
     }
 
 
+def case_resume(strategy: tf.distribute.Strategy, every: bool) -> dict:
+    """A run that was resumed beside one that wasn't, with random layers and statistics; and what replicas draw."""
+
+    def build():
+        keras.utils.set_random_seed(1)
+        with strategy.scope(), PrecisionPlan().scope():
+            inputs = keras.Input([6])
+            x = keras.layers.BatchNormalization()(keras.layers.Dense(16)(inputs))
+            x = keras.layers.Dropout(0.5, name="dropout")(x)
+            model = keras.Model(inputs, keras.layers.Dense(1, dtype="float32")(x))
+            compilation.compile_model(model, keras.optimizers.Adam(0.01), loss="mse")
+        return model
+
+    def batches(epoch):
+        x = np.random.default_rng(epoch).normal(size=[32, 6]).astype("float32")
+        return tf.data.Dataset.from_tensor_slices((x, x[:, :1])).batch(BATCH)
+
+    def train(model, workdir, epochs):
+        settings = {"monitor": "val_loss", "config": {}, "steps_per_epoch": 4}
+        training.fit(model, batches, batches(9), workdir=workdir, epochs=epochs, **settings)
+        return digest([*model.variables, *model.optimizer.variables])
+
+    with tempfile.TemporaryDirectory() as folder:
+        whole, first = build(), build()
+        digests = [train(whole, f"{folder}/whole", 3), train(first, f"{folder}/parts", 1)]
+        resumed = build()
+        digests.append(train(resumed, f"{folder}/parts", 3))
+    dropout = resumed.get_layer("dropout")
+    masks = strategy.run(tf.function(lambda: dropout(tf.ones([64]), training=True)))
+    return {
+        "digests": digests,
+        "equal": equal_replicas(strategy, resumed.weights),
+        "dropped": [mask.numpy().tolist() for mask in strategy.experimental_local_results(masks)],
+    }
+
+
+def case_agree(strategy: tf.distribute.Strategy, every: bool) -> dict:
+    """What workers decide together, and the parts of a batch that each of them sees."""
+    workers = distribution.Workers(strategy)
+    index = 0 if workers.is_chief else 1
+    told = ""
+    workers.check_same({"seed": 1}, "the seed")
+    try:
+        workers.check_same({"seed": index}, "the seed")
+    except distribution.DistributionError as error:
+        told = str(error)
+    batches = distribution.shard(tf.data.Dataset.range(12).batch(4))
+    parts = [
+        [value.numpy().tolist() for value in strategy.experimental_local_results(batch)]
+        for batch in strategy.experimental_distribute_dataset(batches)
+    ]
+    return {
+        "any": [bool(flag) for flag in workers.any(index == 1, False, True)],
+        "several": workers.several,
+        "index": index,
+        "num_replicas": workers.num_replicas,
+        "told": told,
+        "parts": parts,
+    }
+
+
 def main() -> None:
     """Runs one case."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--case", choices=("steps", "stock", "fit", "probing"))
+    parser.add_argument("--case", choices=("steps", "stock", "stock_fit", "fit", "probing", "resume", "agree"))
     parser.add_argument("--distribute", choices=("mirrored", "multi_worker"))
     parser.add_argument("--every", action="store_true")
     given = parser.parse_args()

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import keras
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 import tensorflow as tf
 
 import tfhalf
-from tfhalf import training
+from tests.test_optimizer import replicas
+from tfhalf import checkpoint, training
 
 
 def batches(epoch: int, poison: float | None = None) -> tf.data.Dataset:
@@ -79,6 +81,7 @@ def test_monitor_of_accuracy_is_best_when_highest(model, tmp_path):
 
 SCRIPT = """
 import os, signal, sys
+checkpoint_seconds = 0.0 if sys.argv[2] == "often" else 300.0
 import keras, numpy as np, tensorflow as tf, tfhalf
 from tfhalf import training
 workdir, mode = sys.argv[1:]
@@ -106,9 +109,10 @@ def batches(epoch):
     if mode in ("term", "poison"):
         data = data.map(lambda x, y: (tf.ensure_shape(tf.py_function(stop, [x, y], tf.float32), [None, 12]), y))
     return data
+print("begun", flush=True)
 try:
     progress = training.fit(model, batches, batches(99), workdir=workdir, epochs=5, steps_per_epoch=6,
-                            monitor="val_loss", config={}, report=print)
+                            monitor="val_loss", config={}, report=print, checkpoint_seconds=checkpoint_seconds)
 except training.InterruptedRun as error:
     print(error)
     sys.exit(130)
@@ -124,9 +128,25 @@ def run_script(workdir, mode: str) -> subprocess.CompletedProcess:
     )
 
 
+def newest(folder) -> tuple[dict, dict]:
+    """Arrays and JSON of a run's newest checkpoint."""
+    return checkpoint.Checkpoints(folder / "checkpoints", 9, print, is_writer=False).newest()
+
+
 def validation_losses(about) -> list:
-    progress = json.loads(str(about))["progress"]
+    progress = about["progress"]
     return [progress["best"], progress["best_epoch"], *(epoch["val_loss"] for epoch in progress["history"])]
+
+
+def assert_same_result(one, two) -> None:
+    """Whether two runs ended with the same bits: weights, random states, optimizer, the best weights, the history."""
+    (arrays, about), (others, other) = newest(one), newest(two)
+    for (name, array), other_array in zip(arrays.items(), others.values(), strict=True):
+        np.testing.assert_array_equal(array, other_array, err_msg=name)
+    assert validation_losses(about) == validation_losses(other)
+    with np.load(one / "best.npz") as best, np.load(two / "best.npz") as best_other:
+        for name in best:
+            np.testing.assert_array_equal(best[name], best_other[name], err_msg=name)
 
 
 @pytest.mark.slow
@@ -136,25 +156,59 @@ def test_killed_and_stopped_runs_go_on_exactly(tmp_path):
     stopped = run_script(tmp_path / "stopped", "term")
     assert stopped.returncode == 130
     assert "the same command goes on from here" in stopped.stdout
-    with np.load(tmp_path / "whole" / "last.npz") as file:
-        whole = dict(file)
     # The signal is sent when batch 3 is read, which may be before batch 2 is done.
     for name, place in (("killed", "after epoch 3, step 0"), ("stopped", "after epoch 2, step [1-5]")):
         resumed = run_script(tmp_path / name, "whole")
-        assert re.match(f"resuming .*{name} {place}\n", resumed.stdout), resumed.stderr
-        with np.load(tmp_path / name / "last.npz") as file:
-            for key in set(whole) - {"about"}:
-                np.testing.assert_array_equal(file[key], whole[key], err_msg=f"{name}: {key}")
-            assert validation_losses(file["about"]) == validation_losses(whole["about"])
+        assert re.match(f"begun\nresuming .*{name} {place}\n", resumed.stdout), resumed.stderr
+        assert_same_result(tmp_path / "whole", tmp_path / name)
+
+
+def kill_at_random(folder, kills: int, random, seconds: float) -> None:
+    """Kills a run with SIGKILL at random moments, then lets it end."""
+    for _ in range(kills):
+        command = [sys.executable, "-c", SCRIPT, str(folder), "often"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert process.stdout.readline() == "begun\n"  # importing isn't what is tested
+        time.sleep(random.uniform(0, seconds))
+        process.kill()
+        printed = process.communicate()[0]
+        assert process.returncode in (-signal.SIGKILL, 0), printed
+    ended = run_script(folder, "often")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "damaged" not in ended.stdout
+
+
+def run_whole(folder) -> float:
+    """Lets a run end; returns the seconds from its begin."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(folder), "often"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout.readline() == "begun\n"
+    start = time.monotonic()
+    process.communicate()
+    assert process.returncode == 0
+    return time.monotonic() - start
+
+
+@pytest.mark.slow
+def test_kill_at_random_moments_loses_nothing(tmp_path):
+    # A checkpoint after each batch, so that many kills hit one being written.
+    seconds = run_whole(tmp_path / "whole")
+    kill_at_random(tmp_path / "killed", 3, np.random.default_rng(), seconds)
+    assert_same_result(tmp_path / "whole", tmp_path / "killed")
 
 
 @pytest.mark.slow
 def test_stop_does_not_save_a_poisoned_state(tmp_path):
     stopped = run_script(tmp_path / "run", "poison")
-    assert stopped.returncode == 1
-    assert "non-finite weights" in stopped.stdout
-    with np.load(tmp_path / "run" / "last.npz") as file:  # of epoch 2
-        assert all(np.all(np.isfinite(array)) for name, array in file.items() if name != "about")
+    assert stopped.returncode == 130  # the bad batches were skipped, statistics and all
+    arrays, about = newest(tmp_path / "run")
+    assert about["progress"]["epoch"] == 2
+    assert about["progress"]["step"] > 0
+    assert all(np.all(np.isfinite(array)) for array in arrays.values())
 
 
 def test_finished_run_is_not_trained_again(model, tmp_path, build_convnet):
@@ -169,29 +223,49 @@ def test_finished_run_is_not_trained_again(model, tmp_path, build_convnet):
 
 def test_folder_of_another_run_is_refused_and_kept(model, tmp_path, build_convnet):
     fit(model, tmp_path)
-    before = (tmp_path / "last.npz").read_bytes()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.npz")}
     with pytest.raises(training.TrainingError, match="seed: 1 there, 2 here"):
         fit(compiled(build_convnet()), tmp_path, config={"seed": 2})
     other = keras.Sequential([keras.Input([8, 8, 3]), keras.layers.Flatten(), keras.layers.Dense(3)])
     with pytest.raises(training.TrainingError, match="holds another model"):
         fit(compiled(other), tmp_path)
-    assert (tmp_path / "last.npz").read_bytes() == before
+    plan = tfhalf.PrecisionPlan("mixed_float16", {"dense": "float32"})
+    with pytest.raises(training.TrainingError, match=r"another precision plan \(dense: float16 there, float32 here\)"):
+        fit(compiled(plan.apply(build_convnet())), tmp_path)
+    model = build_convnet()
+    training.compile_model(model, keras.optimizers.SGD(0.01), loss="mse", metrics=["mae"])
+    with pytest.raises(training.TrainingError, match=r"another optimizer \(.*class_name: 'Adam' there, 'SGD' here"):
+        fit(model, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.npz")} == before
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no zip", None])
-def test_damaged_checkpoint_is_refused(model, tmp_path, content, build_convnet):
+def test_damaged_checkpoint_falls_back_and_ends_the_same(model, tmp_path, build_convnet):
+    fit(model, tmp_path / "whole")
+    fit(compiled(build_convnet()), tmp_path / "run", epochs=2)
+    (tmp_path / "run" / "checkpoints" / "epoch-000002-step-000000000.npz").write_bytes(b"")
+    (tmp_path / "run" / "best.npz").unlink()
+    lines = []
+    fit(compiled(build_convnet()), tmp_path / "run", report=lines.append)
+    assert "epoch-000002-step-000000000.npz is damaged" in lines[0]
+    assert lines[1] == f"resuming {tmp_path}/run after epoch 1, step 0"
+    assert_same_result(tmp_path / "whole", tmp_path / "run")
+
+
+def test_nothing_but_damage_is_refused(model, tmp_path, build_convnet):
     fit(model, tmp_path, epochs=1)
-    path = tmp_path / "last.npz"
-    path.write_bytes(path.read_bytes()[:5000] if content is None else content)
-    with pytest.raises(training.TrainingError, match=r"last\.npz is damaged"):
+    (tmp_path / "checkpoints" / "epoch-000001-step-000000000.npz").write_bytes(b"")
+    with pytest.raises(training.TrainingError, match="no older one is left"):
         fit(compiled(build_convnet()), tmp_path)
 
 
-def test_missing_best_weights_are_told(model, tmp_path, build_convnet):
-    fit(model, tmp_path, epochs=1)
-    (tmp_path / "best.npz").unlink()
-    with pytest.raises(training.TrainingError, match=r"best\.npz is damaged .*No such file"):
-        fit(compiled(build_convnet()), tmp_path, epochs=1)
+def test_checkpoints_that_stay(model, tmp_path):
+    fit(model, tmp_path, keep=3, epochs=2, checkpoint_seconds=0.0)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [
+        "epoch-000001-step-000000004.npz",
+        "epoch-000001-step-000000005.npz",
+        "epoch-000002-step-000000000.npz",
+    ]
 
 
 def test_place_that_cannot_be_written_is_named(model, tmp_path):
@@ -202,18 +276,18 @@ def test_place_that_cannot_be_written_is_named(model, tmp_path):
 
 def test_checkpoint_that_cannot_be_written_stops_the_run_and_keeps_the_last(model, tmp_path, build_convnet):
     fit(model, tmp_path, epochs=1)
-    before = (tmp_path / "last.npz").read_bytes()
-    (tmp_path / ".last.npz").mkdir()  # takes the name that is written beside
+    (tmp_path / "checkpoints" / ".epoch-000002-step-000000000.npz").mkdir()  # takes the name that is written beside
     with pytest.raises(training.TrainingError, match="an earlier one is intact"):
         fit(compiled(build_convnet()), tmp_path, epochs=2)
-    assert (tmp_path / "last.npz").read_bytes() == before
+    assert newest(tmp_path)[1]["progress"]["epoch"] == 1
 
 
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_bad_data_stops_the_run_with_the_reason(model, tmp_path, poison):
-    with pytest.raises(training.TrainingError, match=r"loss is nan; .*loss scale.*[1-6] steps skipped\. Look for NaN"):
-        fit(model, tmp_path, train_data=lambda epoch: batches(epoch, poison))
-    assert not (tmp_path / "last.npz").exists(), "a poisoned state was saved"
+def test_bad_data_stops_an_unscaled_run_with_the_reason(build_convnet, tmp_path, poison, policy):
+    with pytest.raises(training.TrainingError, match=r"loss is .*; non-finite weights: .*\. Look for NaN"):
+        fit(compiled(build_convnet(policy)), tmp_path, train_data=lambda epoch: batches(epoch, poison))
+    assert not list(tmp_path.rglob("*.npz")), "a poisoned state was saved"
 
 
 def test_run_whose_steps_are_all_skipped_stops(build_convnet, tmp_path):
@@ -223,26 +297,11 @@ def test_run_whose_steps_are_all_skipped_stops(build_convnet, tmp_path):
         return batches(epoch).map(lambda x, y: (x, y + 1000))
 
     with pytest.raises(
-        training.TrainingError, match=r"6 steps in a row were skipped; loss is .*; all weights are finite"
+        training.TrainingError,
+        match=r"stopped at step 5: LossScaleOptimizer: every batch was skipped, this many in a row: 5; the loss was "
+        r"finite \(1\) or not \(0\): 1; the loss scale was: 16777216; look for NaN or huge values",
     ):
         fit(model, tmp_path, train_data=huge)
-
-
-@pytest.mark.parametrize(("policy", "scaled"), [("mixed_float16", True), ("mixed_bfloat16", False), ("float32", False)])
-def test_loss_is_scaled_exactly_if_a_layer_computes_in_float16(build_convnet, policy, scaled):
-    assert isinstance(compiled(build_convnet(policy)).optimizer, tfhalf.LossScaleOptimizer) is scaled
-
-
-def test_loss_is_scaled_for_one_float16_layer_in_a_float32_model(build_convnet):
-    # KERAS.md row 7: stock Keras looks at the model's own policy only.
-    model = tfhalf.PrecisionPlan("float32", {"conv": "mixed_float16"}).apply(build_convnet("float32"))
-    assert isinstance(compiled(model, initial_scale=4.0).optimizer, tfhalf.LossScaleOptimizer)
-    assert model.optimizer.scale == 4.0
-
-
-def test_half_outputs_are_refused(build_convnet):
-    with pytest.raises(ValueError, match="head is float16"):
-        compiled(build_convnet(output=None))
 
 
 def test_signals_are_given_back(model, tmp_path):
@@ -279,11 +338,24 @@ def test_epoch_without_a_finite_metric_is_never_best(model, tmp_path):
 
 
 def test_folder_in_use_is_refused(model, tmp_path):
-    with training._locked(tmp_path), pytest.raises(training.TrainingError, match="is in use by another run"):
+    with checkpoint.locked(tmp_path), pytest.raises(training.TrainingError, match="is in use by another run"):
         fit(model, tmp_path)
     fit(model, tmp_path, epochs=1)
 
 
-def test_moving_average_of_weights_is_refused(build_convnet):
-    with pytest.raises(ValueError, match="use_ema"):
-        training.compile_model(build_convnet(), keras.optimizers.Adam(use_ema=True), loss="mse", metrics=[])
+def test_moving_average_of_weights_is_refused(build_convnet, tmp_path):
+    for policy in ("float32", "mixed_float16"):
+        model = build_convnet(policy)
+        training.compile_model(model, keras.optimizers.Adam(use_ema=True), loss="mse", metrics=[])
+        with pytest.raises(training.TrainingError, match="use_ema overwrites the weights"):
+            fit(model, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_replicas_go_on_exactly_and_draw_other_random_numbers():
+    (result,) = replicas("resume", "mirrored")
+    whole, _, resumed = result["digests"]
+    assert whole == resumed
+    assert result["equal"], "statistics differ between replicas"
+    one, two = result["dropped"]
+    assert one != two, "KERAS: the same units are dropped in every replica"

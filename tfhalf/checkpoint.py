@@ -59,7 +59,8 @@ class Checkpoints:
         with guard_disk(self._folder):
             self._folder.mkdir(exist_ok=True)
             path = self._folder / f"epoch-{epoch:06d}-step-{step:09d}.npz"
-            replace(path, lambda file: np.savez(file, about=np.array(json.dumps(about)), **arrays))
+            text = json.dumps({"about": about, "arrays": list(arrays)})
+            replace(path, lambda file: np.savez(file, text=np.array(text), **arrays))
             killed = self._folder.glob(".epoch-*.npz")  # what a kill left while it was written
             for old in [*self.paths()[: -self._keep], *killed]:
                 old.unlink()
@@ -75,9 +76,11 @@ class Checkpoints:
         damaged = ""
         for path in reversed(self.paths()):
             try:
-                with np.load(path, allow_pickle=False) as file:
+                with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
                     arrays = dict(file)
-                about = json.loads(str(arrays.pop("about")))
+                text = json.loads(str(arrays.pop("text")))
+                if list(arrays) != text["arrays"]:  # a zip file's list of contents has no checksum
+                    raise ValueError("it doesn't hold what it should")
             except _DAMAGE as error:
                 damaged = f"{path} is damaged ({error})"
                 self._report(f"warning: {damaged}; the checkpoint before it is used")
@@ -85,7 +88,7 @@ class Checkpoints:
                     with contextlib.suppress(OSError):
                         path.rename(path.with_name(f"{path.name}.damaged"))
                 continue
-            return arrays, about
+            return arrays, text["about"]
         if damaged:
             raise CheckpointError(f"{damaged}, and no older one is left; delete the folder or choose another one")
         return None
@@ -94,7 +97,8 @@ class Checkpoints:
 def describe(model: keras.Model) -> dict[str, Any]:
     """Returns what a state of this compiled model must agree with: JSON values, the same in every process.
 
-    Names carry Keras' counters, which differ between processes. They are for the reader; order, dtypes and shapes count.
+    Names carry Keras' counters, which differ between processes: they are for the reader. Order, dtypes and shapes
+    count.
     """
     layers = precision.layers_by_path(model)
     names = {id(weight): f"{path}/{weight.name}" for path, layer in layers.items() for weight in layer.weights}

@@ -5,7 +5,9 @@
   batch by then: one overflow turns its moving statistics into NaN while the weights look fine.
 * On several replicas the moving statistics are averaged after each step. Keras 3 lets each replica keep its own, and
   saves the first one's.
-* Losses that layers add (`add_loss`, activity regularisers) are summed in float32; Keras adds half to float32, which fails.
+* On several replicas random layers draw other numbers in each. Keras 3 drops the same units in all of them.
+* Losses that layers add (`add_loss`, activity regularisers) are summed in float32; Keras adds half to float32, and
+  fails.
 * `fit` works under `MultiWorkerMirroredStrategy`: Keras 3.15 takes means over an axis that its scalars don't have.
 
 All of it is put on the one model, nothing on Keras. It doesn't train (`tfhalf.training`).
@@ -21,6 +23,8 @@ import tensorflow as tf
 from tfhalf import precision
 from tfhalf.optimizer import LossScaleOptimizer
 
+# 2^32 divided by the golden ratio: multiples lie far apart (Knuth, The Art of Computer Programming 3, section 6.4).
+_SEED_STEP = 0x9E3779B9
 # What is put on the model, and taken off when it is compiled again.
 _OVERRIDDEN = (
     "train_step",
@@ -37,7 +41,7 @@ def compile_model(
     optimizer: keras.optimizers.Optimizer,
     *,
     loss,
-    metrics,
+    metrics=None,
     jit_compile=False,
     gradient_accumulation_steps=1,
     **scaling,
@@ -46,7 +50,7 @@ def compile_model(
 
     Args:
         model: a built model with float32 outputs; under a strategy built, and compiled, in its scope.
-        optimizer: a Keras optimizer that doesn't scale the loss.
+        optimizer: a Keras optimizer; or a `LossScaleOptimizer`, which is taken as it is.
         loss: as in `keras.Model.compile`.
         metrics: as in `keras.Model.compile`.
         jit_compile: whether XLA compiles the step.
@@ -54,12 +58,13 @@ def compile_model(
         **scaling: arguments of `LossScaleOptimizer`; without effect where nothing computes in float16.
 
     Raises:
-        ValueError: an output of the model isn't float32; the optimizer keeps a moving average of the weights.
+        ValueError: an output of the model isn't float32; the optimizer scales the loss, and not as ours does.
     """
     precision.require_float32_outputs(model)
-    if getattr(optimizer, "use_ema", False):
-        raise ValueError("use_ema overwrites the weights at each end of fit, which is once an epoch here: leave it out")
-    if precision.needs_loss_scaling(model):
+    if isinstance(optimizer, LossScaleOptimizer):
+        if scaling or gradient_accumulation_steps != 1:
+            raise ValueError("compile_model: optimizer is a LossScaleOptimizer; give it these settings itself")
+    elif precision.needs_loss_scaling(model):
         optimizer = LossScaleOptimizer(optimizer, gradient_accumulation_steps=gradient_accumulation_steps, **scaling)
     elif _strategy(model) is not None or gradient_accumulation_steps > 1:
         # With a scale of 1, for the rest of it: Keras clips each replica's part, and can't accumulate under a strategy.
@@ -74,6 +79,23 @@ def compile_model(
         _guard_statistics(model)
     if _strategy(model) is not None:
         _fit_under_strategy(model, _strategy(model))
+        spread_random_states(model)
+
+
+def spread_random_states(model: keras.Model) -> None:
+    """Makes every replica's random states differ from the first one's, which stays; again after all were set alike."""
+    if _strategy(model) is None:
+        return
+    others = {id(variable) for variable in [*model.weights, *model.metrics_variables]}
+    states = [variable for variable in model.variables if id(variable) not in others]
+
+    def spread():
+        replica = tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.int64)
+        for state in states:  # a seed and a count
+            seed, count = tf.unstack(tf.cast(state.value, tf.int64))
+            state.assign(tf.stack([(seed + replica * _SEED_STEP) % 2**32, count]))
+
+    _strategy(model).run(spread)
 
 
 def _strategy(model: keras.Model) -> tf.distribute.Strategy | None:
@@ -175,8 +197,8 @@ def _fit_under_strategy(model: keras.Model, strategy: tf.distribute.Strategy) ->
     def _local(value):
         return strategy.experimental_local_results(value)[0]
 
-    # Private Keras: it reads a batch before each fit, and takes the mean of several workers' batches over no axis, which
-    # fails; shapes and dtypes are all that is needed of it.
+    # Private Keras: it reads a batch before each fit, and fails to take the mean of several workers' batches.
+    # Shapes and dtypes are all that is needed of it.
     model._maybe_symbolic_build = build_once
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return

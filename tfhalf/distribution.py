@@ -103,8 +103,9 @@ class Workers:
     """
 
     def __init__(self, strategy: tf.distribute.Strategy):
-        self._strategy = strategy
-        resolver = strategy.cluster_resolver if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy) else None
+        resolver = (
+            strategy.cluster_resolver if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy) else None
+        )
         self.num_replicas = strategy.num_replicas_in_sync
         self.several = resolver is not None and len(resolver.cluster_spec().as_dict().get("worker", [])) > 1
         self.is_chief = resolver is None or not resolver.task_id
@@ -149,4 +150,3 @@ class Workers:
                 f"the workers don't agree on {what} (here: {json.dumps(value)}); give all of them the same flags, code "
                 "and --workdir, in a folder that all of them see"
             )
-

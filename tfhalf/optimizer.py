@@ -29,7 +29,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-_STRATEGIES = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy, tf.distribute.OneDeviceStrategy)
+_STRATEGIES = (
+    tf.distribute.MirroredStrategy,
+    tf.distribute.MultiWorkerMirroredStrategy,
+    tf.distribute.OneDeviceStrategy,
+)
 _REMEDY = "look for NaN or huge values in the data, lower the learning rate, or compare with a float32 run"
 # What Keras' base class accepts on any optimizer, and its defaults: on a wrapper it would have no effect.
 _INNER_SETTINGS = {
@@ -60,8 +64,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         min_scale: the scale never goes below. Default 2^-14, the smallest normal float16.
         max_scale: the scale never goes above. Default 2^24.
         gradient_accumulation_steps: good batches that make one step on the mean of their gradients, at least 1. A
-            batch that is skipped is left out of the mean, and another one takes its place. Schedules and moving averages
-            count steps, as if the batch were larger.
+            batch that is skipped is left out of the mean, and another one takes its place. Schedules and moving
+            averages count steps, as if the batch were larger.
         max_consecutive_skips: skipped batches in a row that end training with an `InvalidArgumentError`. XLA drops that
             error (`jit_compile=True`): add `StopWhenStalled()` to the callbacks there. Default 50.
         name: name of the optimizer.
@@ -436,7 +440,7 @@ class StopWhenStalled(keras.callbacks.Callback):
 
 
 class _Losses:
-    """Whether the losses given to `scale_loss` since the last `apply` were finite: one value for each replica's thread."""
+    """Whether the losses given to `scale_loss` since the last `apply` were finite, for each replica's thread."""
 
     def __init__(self):
         self._noted: dict[int, tuple[tf.Graph | None, tf.Tensor]] = {}
@@ -455,8 +459,8 @@ class _Losses:
             visible.append(graph)  # a branch of a cond sees what is around it
         if not noted or not any(noted[0] is graph for graph in visible):
             raise RuntimeError(
-                "LossScaleOptimizer: apply() without scale_loss() before it in the same function would take a step that "
-                "is too small by the loss scale; compute gradients of optimizer.scale_loss(loss), inside the tape"
+                "LossScaleOptimizer: apply() without scale_loss() before it in the same function would take a step "
+                "that is too small by the loss scale; compute gradients of optimizer.scale_loss(loss), inside the tape"
             )
         return noted[1]
 

@@ -30,7 +30,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfhalf import checkpoint, distribution, reporting
-from tfhalf.compilation import compile_model
+from tfhalf.compilation import compile_model, spread_random_states
 from tfhalf.optimizer import LossScaleOptimizer
 
 __all__ = ["InterruptedRun", "Progress", "TrainingError", "compile_model", "fit", "write_results"]
@@ -108,6 +108,10 @@ def fit(
         distribution.DistributionError: workers were started with different settings.
         InterruptedRun: Ctrl-C or SIGTERM; the state is saved.
     """
+    if getattr(getattr(model.optimizer, "inner_optimizer", model.optimizer), "use_ema", False):
+        raise TrainingError(
+            "use_ema overwrites the weights at each end of Keras' fit, which is once an epoch here: leave it out"
+        )
     folder = Path(workdir)
     workers = distribution.Workers(model.distribute_strategy)
     report = report if workers.is_chief else lambda line: None
@@ -247,6 +251,7 @@ class _Run:
         values = [array for name, array in arrays.items() if name not in self.best]
         for variable, value in zip(_state(self._model).values(), values, strict=True):
             variable.assign(value)
+        spread_random_states(self._model)  # the file has the first replica's
         self.progress = Progress(**about["progress"])
 
     def note_best(self) -> None:

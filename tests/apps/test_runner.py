@@ -6,12 +6,15 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import tfhalf
 from tests.conftest import ROOT, run_module
+from tfhalf import checkpoint
 
 APP = "apps.image.classification"
 
@@ -109,6 +112,15 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(trained, data_dir, tmp_p
         ),
         ([f"--saved_model_dir={folder}/saved_models", "--saved_model_version=1"], "1 exists; choose another version"),
         ([*arguments[1:], f"--workdir={folder}/run", "--seed=4"], "seed: 3 there, 4 here"),
+        (
+            ["--distribute=multi_worker"],
+            "--distribute: multi_worker needs the environment variable TF_CONFIG, which isn't set",
+        ),
+        (["--num_logical_devices=2"], "--distribute: num_logical_devices has an effect with"),
+        (
+            ["--distribute=mirrored", "--num_logical_devices=2", "--batch_size=33"],
+            "--batch_size=33 is shared out to 2 replicas",
+        ),
     ):
         assert message in refuse(*base, *wrong)
     assert {path.name for path in tmp_path.iterdir()} <= {"file", "plan.json", "sm"}
@@ -139,7 +151,8 @@ def parse(*arguments: str):
         "--seed=x",
     ]
     + ["--depth=7", "--image_size=8", "--label_smoothing=0.9", "--steps_per_epoch=0", "--saved_model_version=0"]
-    + ["--augment=twist", "--distribute=cluster", "--dynamic_growth_steps=0"],
+    + ["--augment=twist", "--distribute=cluster", "--dynamic_growth_steps=0", "--num_logical_devices=0"]
+    + ["--keep=0", "--checkpoint_seconds=-1", "--gradient_accumulation_steps=0"],
 )
 def test_values_out_of_range_are_refused(flag):
     from absl import flags
@@ -155,7 +168,7 @@ def test_what_does_not_exist_yet_is_refused(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     for arguments, message in (
         (["--dtype_policy=auto"], "--dtype_policy=auto isn't possible yet"),
-        (["--distribute=mirrored"], "--distribute=mirrored isn't possible yet"),
+        (["--distribute=mirrored", "--jit_compile"], "--jit_compile and --distribute=mirrored exclude each other"),
         (["--learning_rate=nan"], "--learning_rate=nan must be a finite number"),
         (["--dtype_policy=float32", "--initial_scale=8"], "--initial_scale has no effect"),
         (["--dtype_policy=float32", f"--precision_plan={tmp_path}/plan.json"], "exclude each other"),
@@ -217,3 +230,63 @@ def test_plan_that_does_not_fit_the_model_lists_its_layers(tmp_path, data_dir):
     with pytest.raises(runner.AppError, match=r"conv9.*matches no layer.*conv1"):
         runner.build(classification.TASK, options, classification.load_data(options))
     assert runner._config(classification.TASK, options)["plan"]["layers"] == {"conv9": "float32"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_short_run_on_two_replicas_that_accumulates(policy, data_dir, tmp_path):
+    arguments = [APP, f"--dtype_policy={policy}", f"--data_dir={data_dir}", "--epochs=1", "--steps_per_epoch=30"]
+    arguments += ["--distribute=mirrored", "--num_logical_devices=2", "--gradient_accumulation_steps=3", "--keep=1"]
+    result = run_module(*arguments, f"--workdir={tmp_path}/run", f"--saved_model_dir={tmp_path}/sm")
+    assert result.returncode == 0, result.stderr
+    assert "2 replicas, 32 of a batch's 64 examples each" in result.stdout
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["results"]["scores"]["trained"]["total"] == 1000
+    (state,) = (tmp_path / "run" / "checkpoints").iterdir()
+    with np.load(state) as file:
+        counts = [int(file[name]) for name in file if name.endswith("/iteration")]
+    assert 10 in counts, "30 batches are 10 steps"
+    # A run goes on with another number of replicas, but not without any.
+    again = [*arguments[:-1], "--keep=2", "--num_logical_devices=4", f"--workdir={tmp_path}/run"]
+    result = run_module(*again, f"--saved_model_dir={tmp_path}/sm")
+    assert result.returncode == 0, result.stderr
+    assert "after epoch 1, step 0" in result.stdout
+
+
+@pytest.mark.soak
+def test_thirty_kills_at_random_moments_lose_nothing(data_dir, tmp_path):
+    flags = ["--epochs=3", "--steps_per_epoch=20", "--deterministic", "--checkpoint_seconds=0", "--augment=shift_flip"]
+
+    def command(name: str) -> list[str]:
+        folders = [f"--workdir={tmp_path}/{name}", f"--saved_model_dir={tmp_path}/{name}_models"]
+        return [sys.executable, "-m", APP, f"--data_dir={data_dir}", *flags, *folders]
+
+    begin = time.monotonic()
+    subprocess.run(command("whole"), cwd=ROOT, check=True, capture_output=True)
+    seconds = time.monotonic() - begin
+    random, kills, resumed = np.random.default_rng(), 0, 0
+    for index in range(10):
+        name, random_kills = f"killed{index}", 0
+        while random_kills < 3:
+            process = subprocess.Popen(command(name), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            time.sleep(random.uniform(0.2, 0.9) * seconds)
+            process.kill()
+            printed = process.communicate()[0].decode()
+            assert process.returncode in (0, -signal.SIGKILL), printed
+            random_kills += process.returncode == -signal.SIGKILL
+            resumed += "resuming" in printed
+        kills += random_kills
+        ended = subprocess.run(command(name), cwd=ROOT, check=True, capture_output=True, text=True)
+        assert "damaged" not in ended.stdout
+        states = [
+            checkpoint.Checkpoints(tmp_path / each / "checkpoints", 2, print, False).newest()[0]
+            for each in ("whole", name)
+        ]
+        for (path, one), two in zip(states[0].items(), states[1].values(), strict=True):
+            np.testing.assert_array_equal(one, two, err_msg=f"{name}: {path}")
+        assert (tmp_path / "whole" / "best.npz").read_bytes() == (tmp_path / name / "best.npz").read_bytes()
+        for bundle in tmp_path.glob(f"{name}_models/*/[0-9]*"):
+            tfhalf.verify(bundle)
+    print(f"{kills} kills, {resumed} runs went on from the middle")
+    assert kills == 30
+    assert resumed > 10, "the kills came too early to show anything"
