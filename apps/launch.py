@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    given = [argument for argument in arguments if argument.lstrip("-").startswith("distribute=")]
+    given = [argument for argument in arguments if argument.lstrip("-").partition("=")[0] == "distribute"]
     if given:
         print(f"error: {given[0]}: the workers get --distribute=multi_worker; leave it out", file=sys.stderr)
         return 1
@@ -66,7 +66,7 @@ def _run(module: str, arguments: list[str], num_workers: int, grace: float, aske
     for reader in readers:
         reader.join(timeout=5)
     if reason:
-        print(f"{reason}; all workers are stopped, the same command goes on", file=sys.stderr, flush=True)
+        print(f"{reason}; all workers are stopped", file=sys.stderr, flush=True)
     return status
 
 
@@ -109,11 +109,12 @@ def _wait(workers: list[subprocess.Popen], asked: threading.Event) -> tuple[str,
     """Returns (reason, exit status) once one worker fails, all are done, or a stop was asked for."""
     while True:
         if asked.wait(0.2):
-            return "interrupted", 130
+            return "interrupted; the same command goes on", 130
         statuses = [worker.poll() for worker in workers]
         for index, status in enumerate(statuses):
             if status is not None and status < 0:
-                return f"error: worker {index} was killed by {signal.Signals(-status).name}", 128 - status
+                name = signal.Signals(-status).name
+                return f"error: worker {index} was killed by {name}; the same command goes on", 128 - status
             if status:
                 return f"error: worker {index} ended with exit status {status}", status
         if all(status == 0 for status in statuses):
@@ -123,7 +124,8 @@ def _wait(workers: list[subprocess.Popen], asked: threading.Event) -> tuple[str,
 def _stop(workers: list[subprocess.Popen], grace: float) -> None:
     """Asks all to stop at the same time, so that they can save together; then kills what is left."""
     for worker in workers:
-        _signal(worker, signal.SIGTERM)
+        if worker.poll() is None:
+            _signal(worker, signal.SIGTERM)
     end = time.monotonic() + grace
     while time.monotonic() < end and any(worker.poll() is None for worker in workers):
         time.sleep(0.1)
@@ -133,10 +135,9 @@ def _stop(workers: list[subprocess.Popen], grace: float) -> None:
 
 
 def _signal(worker: subprocess.Popen, number: signal.Signals) -> None:
-    """Signals a worker and what it started."""
-    if worker.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(worker.pid, number)
+    """Signals a worker and what it started, which may outlive it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.pid, number)
 
 
 if __name__ == "__main__":

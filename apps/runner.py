@@ -220,8 +220,9 @@ def run(task: Task, options: types.SimpleNamespace) -> tfhalf.Manifest | None:
     workers = distribution.Workers(strategy)
     if options.deterministic:
         tf.config.experimental.enable_op_determinism()
-    name = options.saved_model_name or f"{task.name}_{options.dataset.replace('/', '_').replace(':', '_')}"
     config = _config(task, options)
+    workers.check_same(config, "the flags")  # now: with other models they would wait for each other's variables
+    name = options.saved_model_name or f"{task.name}_{options.dataset.replace('/', '_').replace(':', '_')}"
     workdir = Path(options.workdir or _default_workdir(name, options, config))
     data = _load(task, options, workers)
     with strategy.scope():

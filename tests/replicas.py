@@ -127,8 +127,8 @@ def case_steps(strategy: tf.distribute.Strategy, every: bool) -> dict:
             results[f"{name}, overflow on {bad}"] = {
                 "difference": max(float(np.max(np.abs(one - two))) for one, two in pairs),
                 "equal": equal_replicas(strategy, [*model.variables, *optimizer.variables]),
-                "counters": counters(optimizer),
-                "one_device": counters(reference),
+                "counters": counters(strategy, optimizer),
+                "one_device": counters(_alone(), reference),
                 "finite": finite(model),
                 "digest": digest([*model.variables, *optimizer.variables]),
             }
@@ -171,24 +171,33 @@ def _alone() -> tf.distribute.Strategy:
     return tf.distribute.get_strategy()
 
 
-def counters(optimizer) -> list:
-    """Scale, steps taken, skipped, skipped in a row."""
-    return [optimizer.scale, optimizer.steps_taken, optimizer.steps_skipped, optimizer.consecutive_skips]
+def counters(strategy: tf.distribute.Strategy, optimizer) -> list:
+    """Scale, steps taken, skipped, skipped in a row; the same inside the strategy's scope and in a replica."""
+
+    def read() -> list:
+        return [optimizer.scale, optimizer.steps_taken, optimizer.steps_skipped, optimizer.consecutive_skips]
+
+    seen = [read()]
+    with strategy.scope():
+        seen.append(read())
+    strategy.run(lambda: seen.append(read()))
+    assert all(each == seen[0] for each in seen), seen
+    return seen[0]
 
 
-def build_convnet(policy: str) -> keras.Model:
+def build_convnet(policy: str, synchronized: bool = True) -> keras.Model:
     """With statistics and an added loss. No activity regulariser: Keras sums it over a replica's part of a batch."""
     keras.utils.set_random_seed(1)
     with PrecisionPlan(policy).scope():
         pictures = keras.Input([8, 8, 3])
         x = keras.layers.Conv2D(8, 3, padding="same", use_bias=False, kernel_regularizer="l2")(pictures)
-        # Synchronised, so that two halves of a batch are normalised as the whole.
-        x = keras.layers.BatchNormalization(synchronized=True)(x)
+        # Synchronised, two halves of a batch are normalised as the whole, and can be compared with one device.
+        x = keras.layers.BatchNormalization(synchronized=synchronized)(x)
         x = keras.layers.Flatten()(keras.layers.ReLU()(x))
         return keras.Model(pictures, keras.layers.Dense(3, dtype="float32")(x))
 
 
-def fit(strategy: tf.distribute.Strategy, policy: str, num_steps: int, poison: bool = False, **scaling):
+def fit(strategy: tf.distribute.Strategy, policy: str, num_steps: int, poison=False, synchronized=True, **scaling):
     """Keras' `fit` on global batches, through `compile_model`."""
     random = np.random.default_rng(2)
     x = random.normal(size=[num_steps * BATCH, 8, 8, 3]).astype("float32")
@@ -198,7 +207,7 @@ def fit(strategy: tf.distribute.Strategy, policy: str, num_steps: int, poison: b
     data = distribution.shard(tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH, drop_remainder=True))
     held_out = distribution.shard(tf.data.Dataset.from_tensor_slices((x[:20], y[:20])).batch(BATCH))
     with strategy.scope():
-        model = build_convnet(policy)
+        model = build_convnet(policy, synchronized)
         optimizer = keras.optimizers.SGD(0.1, momentum=0.9, clipnorm=0.1)
         compilation.compile_model(model, optimizer, loss="mse", metrics=["mae"], **scaling)
     history = model.fit(data, validation_data=held_out, verbose=0, shuffle=False).history
@@ -226,19 +235,19 @@ def case_fit(strategy: tf.distribute.Strategy, every: bool) -> dict:
     results["overflow in the forward pass"] = {
         "finite": finite(model),
         "equal": equal_replicas(strategy, model.variables),
-        "counters": counters(model.optimizer),
+        "counters": counters(strategy, model.optimizer),
     }
     return results
 
 
 def case_probing(strategy: tf.distribute.Strategy, every: bool) -> dict:
     """The scale doubles every other step until gradients overflow, again and again."""
-    model, logs = fit(strategy, "mixed_float16", 512 if every else 128, dynamic_growth_steps=2)
+    model, logs = fit(strategy, "mixed_float16", 512 if every else 128, synchronized=False, dynamic_growth_steps=2)
     return {
         "finite": finite(model),
         "equal": equal_replicas(strategy, [*model.variables, *model.optimizer.variables]),
         "digest": digest([*model.variables, *model.optimizer.variables]),
-        "counters": counters(model.optimizer),
+        "counters": counters(strategy, model.optimizer),
         "loss": logs["loss"],
     }
 
@@ -289,11 +298,15 @@ def case_agree(strategy: tf.distribute.Strategy, every: bool) -> dict:
         workers.check_same({"seed": index}, "the seed")
     except distribution.DistributionError as error:
         told = str(error)
-    batches = distribution.shard(tf.data.Dataset.range(12).batch(4))
-    parts = [
-        [value.numpy().tolist() for value in strategy.experimental_local_results(batch)]
-        for batch in strategy.experimental_distribute_dataset(batches)
-    ]
+    with tempfile.TemporaryDirectory() as folder:
+        names = [f"{folder}/{first}.txt" for first in (0, 6)]  # TensorFlow would give each worker a file
+        for first, name in zip((0, 6), names, strict=True):
+            tf.io.write_file(name, "\n".join(str(first + index) for index in range(6)))
+        lines = tf.data.TextLineDataset(names).map(tf.strings.to_number)
+        parts = [
+            [value.numpy().tolist() for value in strategy.experimental_local_results(batch)]
+            for batch in strategy.experimental_distribute_dataset(distribution.shard(lines.batch(4)))
+        ]
     return {
         "any": [bool(flag) for flag in workers.any(index == 1, False, True)],
         "several": workers.several,

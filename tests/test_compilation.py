@@ -133,6 +133,19 @@ def test_any_layers_own_variables_are_guarded():
     assert (int(model.get_layer("counting").count), float(model.get_layer("counting").largest)) == (2, 2.0)
 
 
+def test_kernel_that_its_layer_assigns_is_guarded():
+    with PrecisionPlan().scope():
+        inputs = keras.Input([4])
+        x = keras.layers.SpectralNormalization(keras.layers.Dense(4), name="spectral")(inputs)
+        model = compiled(keras.Model(inputs, keras.layers.Dense(1, dtype="float32")(x)))
+    x = np.ones([4, 4], "float32")
+    model.train_on_batch(x, x[:, :1])
+    before = values(model.weights)
+    model.train_on_batch(x * np.float32(np.nan), x[:, :1])
+    for path, value in values(model.weights).items():
+        np.testing.assert_array_equal(value, before[path], err_msg=path)
+
+
 class Penalty(keras.layers.Layer):
     """Adds a half loss."""
 
@@ -147,7 +160,7 @@ def regularised(policy: str, strength: float = 0.01, penalty: bool = True) -> ke
         inputs = keras.Input([16])
         regularizer = keras.regularizers.L2(strength)
         x = keras.layers.Dense(32, activity_regularizer=regularizer, kernel_regularizer="l2", name="dense")(inputs)
-        return keras.Model(inputs, keras.layers.Dense(1, dtype="float32")(Penalty()(x) if penalty else x))
+        return keras.Model(inputs, keras.layers.Dense(1, dtype="float32", name="head")(Penalty()(x) if penalty else x))
 
 
 @pytest.mark.parametrize("policy", HALVES)

@@ -57,6 +57,15 @@ def test_bad_tf_config_is_explained(monkeypatch, config, message):
         distribution.make_strategy("multi_worker")
 
 
+def test_batch_that_cannot_be_divided_evenly_is_refused():
+    batches = tf.data.Dataset.from_tensor_slices((tf.range(9), tf.range(9))).batch(4)
+    assert len(list(distribution.even(batches, 1))) == 3
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match=r"can't be divided evenly among 2 replicas.*drop_remainder"
+    ):
+        list(distribution.even(batches, 2))
+
+
 @pytest.mark.slow
 def test_workers_agree_and_share_out_each_batch():
     results = sorted(replicas("agree", "multi_worker"), key=lambda result: result["index"])

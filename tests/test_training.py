@@ -359,3 +359,53 @@ def test_two_replicas_go_on_exactly_and_draw_other_random_numbers():
     assert result["equal"], "statistics differ between replicas"
     one, two = result["dropped"]
     assert one != two, "KERAS: the same units are dropped in every replica"
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_several_optimizers_in_one(build_convnet, tmp_path, scaled):
+    model = build_convnet("mixed_float16" if scaled else "float32")
+    several = keras.optimizers.OptimizerMap(keras.optimizers.Adam(0.01), {".*bias": keras.optimizers.SGD(0.5)})
+    training.compile_model(model, keras.optimizers.MultiOptimizer(several), loss="mse", metrics=[])
+    last = fit(model, tmp_path, epochs=1).history[-1]
+    assert sorted([last["learning_rate"], last["learning_rate_1"]]) == pytest.approx([0.01, 0.5])
+
+
+def test_files_for_people_are_mended_after_a_kill(model, tmp_path, build_convnet):
+    fit(model, tmp_path, epochs=2)
+    before = {name: (tmp_path / name).read_bytes() for name in ("best.npz", "metrics.json")}
+    for name in before:  # as if the kill had come right after the checkpoint
+        (tmp_path / name).unlink()
+    fit(compiled(build_convnet()), tmp_path, epochs=2)
+    assert (tmp_path / "metrics.json").read_bytes() == before["metrics.json"]
+    with np.load(tmp_path / "best.npz") as file:
+        assert len(file.files) == len(model.weights)
+
+
+def test_stock_keras_forgets_random_states(build_convnet, tmp_path, pictures):
+    # KERAS.md row 15: no format of Keras has them, so that a resumed run draws other numbers.
+    model = build_convnet("float32")
+    model.compile("sgd", "mse")
+    model.fit(pictures, np.ones([12, 3], "float32"), batch_size=4, verbose=0)
+    model.save(tmp_path / "model.keras")
+    count = lambda m: int(m.get_layer("dropout").seed_generator.state.numpy()[1])  # noqa: E731
+    assert (count(model), count(keras.saving.load_model(tmp_path / "model.keras"))) == (3, 0)
+
+
+def test_history_tells_what_stock_keras_does_not(build_convnet, tmp_path, pictures):
+    # KERAS.md row 14.
+    model = build_convnet()
+    model.compile("adam", "mse")
+    assert set(model.fit(pictures, np.ones([12, 3], "float32"), verbose=0).history) == {"loss"}
+    ours = fit(compiled(build_convnet()), tmp_path, epochs=1).history[0]
+    assert ours["loss_scale"] == 2.0 ** (15 - ours["skipped_steps"])
+
+
+def test_callback_ends_training_where_xla_drops_the_assertion():
+    model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1)])
+    optimizer = tfhalf.LossScaleOptimizer(keras.optimizers.SGD(), max_consecutive_skips=5)
+    model.compile(optimizer, "mse", jit_compile=True)
+    x = np.full([40, 1], np.nan, "float32")
+    model.fit(x, x, batch_size=1, verbose=0)
+    assert optimizer.consecutive_skips == 40  # else the callback isn't needed any more
+    with pytest.raises(RuntimeError, match=r"every batch was skipped, 80 in a row; the loss .* is nan; the loss scale"):
+        model.fit(x, x, batch_size=1, verbose=0, callbacks=[training.StopWhenStalled()])

@@ -25,8 +25,8 @@ import numpy as np
 from tfhalf import precision
 
 _NAME = re.compile(r"epoch-(\d{6})-step-(\d{9})\.npz")
-# What numpy, zipfile and json raise for a file that is missing, cut or changed.
-_DAMAGE = (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile)
+# Settings that don't tell one layer or optimizer from another: names, and what Keras writes to find a class again.
+_UNTELLING = ("name", "module", "registered_name", "build_config", "dtype")
 
 
 class CheckpointError(Exception):
@@ -76,33 +76,45 @@ class Checkpoints:
         damaged = ""
         for path in reversed(self.paths()):
             try:
-                with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-                    arrays = dict(file)
-                text = json.loads(str(arrays.pop("text")))
-                if list(arrays) != text["arrays"]:  # a zip file's list of contents has no checksum
-                    raise ValueError("it doesn't hold what it should")
-            except _DAMAGE as error:
+                arrays, about = _read(path)
+            except Exception as error:  # a changed byte lets numpy and zipfile raise nearly anything
                 damaged = f"{path} is damaged ({error})"
                 self._report(f"warning: {damaged}; the checkpoint before it is used")
                 if self._is_writer:
                     with contextlib.suppress(OSError):
                         path.rename(path.with_name(f"{path.name}.damaged"))
                 continue
-            return arrays, text["about"]
+            return arrays, about
         if damaged:
             raise CheckpointError(f"{damaged}, and no older one is left; delete the folder or choose another one")
         return None
 
 
-def describe(model: keras.Model) -> dict[str, Any]:
-    """Returns what a state of this compiled model must agree with: JSON values, the same in every process.
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    with open(path, "rb") as opened:
+        damaged = zipfile.ZipFile(opened).testzip()  # numpy doesn't read to an array's end, where its checksum is seen
+        if damaged:
+            raise ValueError(f"{damaged} has another checksum")
+        opened.seek(0)
+        with np.load(opened, allow_pickle=False) as file:
+            arrays = dict(file)
+    text = json.loads(str(arrays.pop("text")))
+    if list(arrays) != text["arrays"]:  # a zip file's list of contents has no checksum
+        raise ValueError("it doesn't hold what it should")
+    return arrays, text["about"]
 
-    Names carry Keras' counters, which differ between processes: they are for the reader. Order, dtypes and shapes
-    count.
+
+def describe(model: keras.Model) -> dict[str, Any]:
+    """Returns what a state of this compiled model must agree with, as JSON values.
+
+    Names carry Keras' counters, which differ between processes: they are for the reader. Order, classes, settings,
+    dtypes and shapes count.
     """
     layers = precision.layers_by_path(model)
     names = {id(weight): f"{path}/{weight.name}" for path, layer in layers.items() for weight in layer.weights}
     return {
+        "classes": [[path, type(layer).__name__] for path, layer in layers.items()],
+        "settings": [[path, _settings(layer)] for path, layer in layers.items()],
         "layers": [[path, layer.compute_dtype] for path, layer in layers.items()],
         "weights": [
             [names.get(id(weight), weight.name), weight.dtype, [int(size) for size in weight.shape]]
@@ -130,7 +142,9 @@ def require_same(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> N
         )
     there, here = there["model"], here["model"]
     parts = {
-        "another model": _list_differences(there["weights"], here["weights"], "weights"),
+        "another model": _list_differences(there["classes"], here["classes"], "layers")
+        or _list_differences(there["weights"], here["weights"], "weights")
+        or _list_differences(there["settings"], here["settings"], "layers"),
         "another precision plan": _list_differences(there["layers"], here["layers"], "layers"),
         "another optimizer": _differences(there["optimizer"], here["optimizer"]),
     }
@@ -146,26 +160,35 @@ def _differences(there: dict, here: dict) -> str:
 
 def _list_differences(there: list, here: list, what: str) -> str:
     """Compares lists of [name, facts...] in order."""
-    differing = [
-        f"{new[0]}: {_facts(old)} there, {_facts(new)} here"
-        for old, new in zip(there, here, strict=False)
-        if old[1:] != new[1:]
-    ]
+    differing = []
     if len(there) != len(here):
-        differing.insert(0, f"{len(there)} {what} there, {len(here)} here")
+        differing.append(f"{len(there)} {what} there, {len(here)} here")
+    for (_, *old), (name, *new) in zip(there, here, strict=False):
+        if old != new and isinstance(new[0], dict):
+            differing.append(_differences(*({f"{name} {k}": v for k, v in each[0].items()} for each in (old, new))))
+        elif old != new:
+            old_facts, new_facts = (" ".join(map(str, facts)) for facts in (old, new))
+            differing.append(f"{name}: {old_facts} there, {new_facts} here")
     return ", ".join(differing[:5])
 
 
-def _facts(row: list) -> str:
-    return " ".join(str(fact) for fact in row[1:])
+def _settings(layer: keras.Layer) -> dict[str, Any]:
+    """A layer's own settings; those of layers inside it stand in their own rows."""
+    # Private Keras: a layer's direct children, as in precision.layers_by_path.
+    if layer._layers:
+        return {"trainable": layer.trainable}
+    try:
+        return dict(sorted(_flat(layer.get_config(), "")))
+    except NotImplementedError:  # a layer that can't be saved
+        return {"trainable": layer.trainable}
 
 
 def _flat(value, path: str = "optimizer") -> Iterator[tuple[str, Any]]:
     """A serialised object's settings by dotted path, without the names that Keras counts up."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            if key not in ("name", "module", "registered_name"):
-                yield from _flat(inner, path if key == "config" else f"{path}.{key}")
+            if key not in _UNTELLING:
+                yield from _flat(inner, path if key == "config" else f"{path}.{key}".strip("."))
     else:
         yield path, json.loads(json.dumps(value, default=lambda other: type(other).__name__))
 

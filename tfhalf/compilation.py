@@ -55,11 +55,16 @@ def compile_model(
         metrics: as in `keras.Model.compile`.
         jit_compile: whether XLA compiles the step.
         gradient_accumulation_steps: batches that make one step, at least 1.
-        **scaling: arguments of `LossScaleOptimizer`; without effect where nothing computes in float16.
+        **scaling: arguments of `LossScaleOptimizer`. The scale's have no effect where nothing computes in float16.
+
+    A model that is loaded from a file must be compiled again: the file has Keras' own step.
 
     Raises:
-        ValueError: an output of the model isn't float32; the optimizer scales the loss, and not as ours does.
+        ValueError: an output of the model isn't float32; the optimizer scales the loss, and not as ours does;
+            `jit_compile` is asked for under a strategy.
     """
+    if jit_compile and _strategy(model) is not None:
+        raise ValueError("compile_model: jit_compile and a distribution strategy exclude each other; leave one out")
     precision.require_float32_outputs(model)
     if isinstance(optimizer, LossScaleOptimizer):
         if scaling or gradient_accumulation_steps != 1:
@@ -69,7 +74,9 @@ def compile_model(
     elif _strategy(model) is not None or gradient_accumulation_steps > 1:
         # With a scale of 1, for the rest of it: Keras clips each replica's part, and can't accumulate under a strategy.
         one = {"initial_scale": 1.0, "min_scale": 1.0, "max_scale": 1.0}
-        optimizer = LossScaleOptimizer(optimizer, gradient_accumulation_steps=gradient_accumulation_steps, **one)
+        optimizer = LossScaleOptimizer(
+            optimizer, gradient_accumulation_steps=gradient_accumulation_steps, **scaling | one
+        )
     for name in _OVERRIDDEN:
         model.__dict__.pop(name, None)
     model.compile(optimizer=optimizer, loss=loss, metrics=metrics, jit_compile=jit_compile, auto_scale_loss=False)
@@ -156,6 +163,7 @@ def _guard_statistics(model: keras.Model) -> None:
         # the public non_trainable_weights, nor are random states.
         layers = [model, *precision.layers_by_path(model).values()]
         statistics = list({id(v): v for layer in layers for v in layer._non_trainable_variables}.values())
+        statistics += [layer.kernel for layer in layers if isinstance(layer, keras.layers.SpectralNormalization)]
         before = [tf.identity(variable.value) for variable in statistics]
         skipped = optimizer.steps_skipped
         logs = step(*args, **kwargs)

@@ -90,6 +90,26 @@ def shard(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.with_options(options)
 
 
+def even(dataset: tf.data.Dataset, num_replicas: int) -> tf.data.Dataset:
+    """Refuses, when it is read, a batch that can't be divided evenly among the replicas.
+
+    Uneven parts would weigh the same in the mean, and an empty one gives gradients that aren't numbers.
+    """
+    if num_replicas == 1:
+        return dataset
+
+    def check(*batch):
+        size = tf.shape(tf.nest.flatten(batch)[0])[0]
+        message = (
+            f"a batch can't be divided evenly among {num_replicas} replicas; make each batch's size a multiple of it "
+            "(batch(..., drop_remainder=True))"
+        )
+        with tf.control_dependencies([tf.debugging.assert_equal(size % num_replicas, 0, message)]):
+            return tf.nest.map_structure(tf.identity, batch)
+
+    return dataset.map(check)
+
+
 class Workers:
     """The processes that train together; one alone where the strategy isn't a multi-worker one.
 

@@ -26,7 +26,6 @@ import threading
 from collections.abc import Iterator
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 _STRATEGIES = (
@@ -34,7 +33,7 @@ _STRATEGIES = (
     tf.distribute.MultiWorkerMirroredStrategy,
     tf.distribute.OneDeviceStrategy,
 )
-_REMEDY = "look for NaN or huge values in the data, lower the learning rate, or compare with a float32 run"
+REMEDY = "look for NaN or huge values in the data, lower the learning rate, or compare with a float32 run"
 # What Keras' base class accepts on any optimizer, and its defaults: on a wrapper it would have no effect.
 _INNER_SETTINGS = {
     "weight_decay": None,
@@ -158,12 +157,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         with self._distribution_strategy.extended.colocate_vars_with(getattr(variable, "value", variable)):
             return self.add_variable(shape=variable.shape, dtype=dtype, name="gradient_accumulator")
 
-    def _optimizers(self) -> list[keras.optimizers.Optimizer]:
-        """The optimizers that update variables: one, or a MultiOptimizer's."""
-        return list(getattr(self.inner_optimizer, "optimizers", [self.inner_optimizer]))
-
     def _refuse_inner_accumulation(self) -> None:
-        for optimizer in self._optimizers():
+        for optimizer in parts(self):
             if optimizer.gradient_accumulation_steps:
                 raise ValueError(
                     f"LossScaleOptimizer: {optimizer.name} accumulates gradients itself, and would take in one step "
@@ -195,8 +190,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """Whether the last `max_consecutive_skips` batches were all skipped."""
         return self.consecutive_skips >= self.max_consecutive_skips
 
+    @tf.autograph.experimental.do_not_convert
     def scale_loss(self, loss):
-        """Returns the loss times the scale, and notes whether it was finite.
+        """Returns the loss times the scale, and notes for the next `apply` whether it was finite.
 
         Args:
             loss: float `[...]`, this replica's part of the loss.
@@ -211,6 +207,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         scale = self.dynamic_scale if self.built else self.initial_scale
         return tf.multiply(loss, tf.cast(scale, loss.dtype))
 
+    @tf.autograph.experimental.do_not_convert
     def apply(self, grads, trainable_variables=None):
         """Takes or skips one step.
 
@@ -231,6 +228,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
         if len(grads) != len(variables):
             raise ValueError(f"LossScaleOptimizer: got {len(grads)} gradients for {len(variables)} variables")
+        if all(grad is None for grad in grads):
+            raise ValueError("LossScaleOptimizer: no variable has a gradient: the loss doesn't depend on any of them")
         replicated = strategy.num_replicas_in_sync > 1
         if replicated or self.gradient_accumulation_steps > 1:
             self._refuse_overwritten(variables)
@@ -316,7 +315,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             tf.cast(finite_loss, tf.int32),
             "; the loss scale was:",
             scale,
-            f"; {_REMEDY}",
+            f"; {REMEDY}",
         ]
         if not tf.executing_eagerly():
             tf.debugging.Assert(good, told)
@@ -360,7 +359,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         # Private Keras: its TensorFlow optimizer sums gradients over replicas after clipping, with no way to be told
         # that they are sums already; and its cond around overwriting fails under a strategy. test_optimizer.py compares
         # two replicas with one device, and fails if that changes.
-        optimizers = self._optimizers()
+        optimizers = parts(self)
         frequencies = [optimizer.ema_overwrite_frequency for optimizer in optimizers]
         for optimizer in optimizers:
             optimizer._all_reduce_sum_gradients = lambda grads_and_vars: grads_and_vars
@@ -373,7 +372,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 optimizer.ema_overwrite_frequency = frequency
 
     def _overwrite_with_averages(self, frequencies) -> None:
-        for optimizer, frequency in zip(self._optimizers(), frequencies, strict=True):
+        for optimizer, frequency in zip(parts(self), frequencies, strict=True):
             if frequency:
                 due = tf.equal(tf.convert_to_tensor(optimizer.iterations) % frequency, 0)
                 # Private Keras: the variables that it was built for.
@@ -415,28 +414,10 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return super().from_config(dict(config), custom_objects)
 
 
-class StopWhenStalled(keras.callbacks.Callback):
-    """Ends `fit` once its LossScaleOptimizer is stalled, where XLA dropped the optimizer's own error.
-
-    Args:
-        every: batches between two looks, at least 1; a look waits for the device. Default 50.
-
-    Raises:
-        RuntimeError: out of `fit`, when the last `max_consecutive_skips` batches were all skipped.
-    """
-
-    def __init__(self, every: int = 50):
-        super().__init__()
-        self._every = every
-
-    def on_train_batch_end(self, batch, logs=None):
-        optimizer = self.model.optimizer
-        if (batch + 1) % self._every == 0 and isinstance(optimizer, LossScaleOptimizer) and optimizer.stalled:
-            loss = float((logs or {}).get("loss", np.nan))
-            raise RuntimeError(
-                f"LossScaleOptimizer: every batch was skipped, {optimizer.consecutive_skips} in a row; the loss "
-                f"(the epoch's mean) is {loss:g}; the loss scale is {optimizer.scale:g}; {_REMEDY}"
-            )
+def parts(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
+    """Returns the optimizers that update variables: itself, the one that is wrapped, or a MultiOptimizer's."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    return list(getattr(inner, "optimizers", [inner]))
 
 
 class _Losses:
@@ -455,9 +436,9 @@ class _Losses:
     def take(self) -> tf.Tensor:
         noted, graph = self._noted.pop(threading.get_ident(), None), _graph()
         visible = [graph]
-        while graph is not None and (graph := getattr(graph, "outer_graph", None)):
-            visible.append(graph)  # a branch of a cond sees what is around it
-        if not noted or not any(noted[0] is graph for graph in visible):
+        while visible[-1] is not None:  # a branch of a cond sees what is around it
+            visible.append(getattr(visible[-1], "outer_graph", None))
+        if not noted or not any(noted[0] is graph for graph in (visible[:-1] or visible)):
             raise RuntimeError(
                 "LossScaleOptimizer: apply() without scale_loss() before it in the same function would take a step "
                 "that is too small by the loss scale; compute gradients of optimizer.scale_loss(loss), inside the tape"
@@ -471,8 +452,7 @@ def _graph() -> tf.Graph | None:
 
 def _read(variable, kind: type):
     """The value of a variable or tensor, of one replica: a Python number, or a tensor while a graph is made."""
-    value = getattr(variable, "value", variable)
-    return kind(keras.ops.convert_to_numpy(value)) if tf.executing_eagerly() else tf.convert_to_tensor(value)
+    return kind(variable.numpy()) if tf.executing_eagerly() else tf.convert_to_tensor(variable.value)
 
 
 def _call(function, *arguments) -> None:

@@ -16,7 +16,7 @@ import tensorflow as tf
 from tensorboard.plugins.hparams import api as hparams
 
 from tfhalf import precision
-from tfhalf.optimizer import LossScaleOptimizer
+from tfhalf.optimizer import LossScaleOptimizer, parts
 
 LOG_EVERY_STEPS = 50
 _HEARTBEAT_SECONDS = 30.0
@@ -107,8 +107,9 @@ class TensorBoard(keras.callbacks.Callback):
 
 
 def optimizer_state(optimizer: keras.optimizers.Optimizer) -> dict[str, float]:
-    """Returns the learning rate, and the loss scale and skipped steps where there are any."""
-    state = {"learning_rate": float(keras.ops.convert_to_numpy(optimizer.learning_rate))}
+    """Returns the learning rate (several of a MultiOptimizer), and loss scale and skipped steps where there are any."""
+    rates = [float(keras.ops.convert_to_numpy(part.learning_rate)) for part in parts(optimizer)]
+    state = {f"learning_rate_{index}" if index else "learning_rate": rate for index, rate in enumerate(rates)}
     if isinstance(optimizer, LossScaleOptimizer):
         state |= {"loss_scale": optimizer.scale, "skipped_steps": optimizer.steps_skipped}
     return state

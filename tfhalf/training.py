@@ -31,9 +31,9 @@ import tensorflow as tf
 
 from tfhalf import checkpoint, distribution, reporting
 from tfhalf.compilation import compile_model, spread_random_states
-from tfhalf.optimizer import LossScaleOptimizer
+from tfhalf.optimizer import REMEDY, LossScaleOptimizer, parts
 
-__all__ = ["InterruptedRun", "Progress", "TrainingError", "compile_model", "fit", "write_results"]
+__all__ = ["InterruptedRun", "Progress", "StopWhenStalled", "TrainingError", "compile_model", "fit", "write_results"]
 
 # Workers ask each other about stopping and saving this often: a network round trip each.
 _AGREE_EVERY_STEPS = 10
@@ -88,6 +88,7 @@ def fit(
     Args:
         model: compiled by `compile_model`.
         train_data: epoch (from 0) to its global batches, at least `steps_per_epoch`; must give the same ones each time.
+            On several replicas each batch must have a multiple of their number of examples.
         validation_data: global batches that the epochs are compared on.
         workdir: the run's folder; made if missing. Several workers must see the same one.
         epochs: number of epochs in all.
@@ -108,7 +109,7 @@ def fit(
         distribution.DistributionError: workers were started with different settings.
         InterruptedRun: Ctrl-C or SIGTERM; the state is saved.
     """
-    if getattr(getattr(model.optimizer, "inner_optimizer", model.optimizer), "use_ema", False):
+    if any(part.use_ema for part in parts(model.optimizer)):
         raise TrainingError(
             "use_ema overwrites the weights at each end of Keras' fit, which is once an epoch here: leave it out"
         )
@@ -131,7 +132,7 @@ def fit(
                     shown = [reporting.ProgressBar(steps_per_epoch, first, epochs, report), watch, board, saver]
                     with watch.explained():
                         model.fit(
-                            distribution.shard(train_data(epoch).skip(first)),
+                            distribution.shard(distribution.even(train_data(epoch).skip(first), workers.num_replicas)),
                             initial_epoch=epoch,
                             epochs=epoch + 1,
                             steps_per_epoch=steps_per_epoch - first,
@@ -142,7 +143,7 @@ def fit(
                         )
             if not progress.best_epoch:
                 raise TrainingError(f"{monitor} wasn't finite in any epoch; compare with a float32 run")
-            run.save_best()  # again: a kill may have come between the epoch's checkpoint and the file
+            run.finish()
             model.set_weights(list(run.best.values()))
             return progress
     except checkpoint.CheckpointError as error:
@@ -171,6 +172,42 @@ def write_results(
     _write_metrics(folder, progress, config, results)
     with tf.summary.create_file_writer(str(folder / "tensorboard" / "validation")).as_default(step):
         reporting.write_pngs(pictures)
+
+
+class StopWhenStalled(keras.callbacks.Callback):
+    """Ends `fit` once its LossScaleOptimizer is stalled, where XLA dropped the optimizer's own error.
+
+    Args:
+        every: batches between two looks, at least 1; a look waits for the device. Default 50.
+
+    Raises:
+        RuntimeError: out of `fit`, when the last `max_consecutive_skips` batches were all skipped.
+    """
+
+    def __init__(self, every: int = 50):
+        super().__init__()
+        self._every = every
+        self._last = 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._last = -1
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch - self._last >= self._every:  # `steps_per_execution` leaves batches out
+            self._last = batch
+            self._look(logs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._look(logs)
+
+    def _look(self, logs) -> None:
+        optimizer = self.model.optimizer
+        if isinstance(optimizer, LossScaleOptimizer) and optimizer.stalled:
+            loss = float((logs or {}).get("loss", np.nan))
+            raise RuntimeError(
+                f"LossScaleOptimizer: every batch was skipped, {optimizer.consecutive_skips} in a row; the loss "
+                f"(the epoch's mean) is {loss:g}; the loss scale is {optimizer.scale:g}; {REMEDY}"
+            )
 
 
 class _Watch(keras.callbacks.Callback):
@@ -236,9 +273,15 @@ class _Run:
             with model.distribute_strategy.scope():
                 model.optimizer.build(model.trainable_variables)
         self._about = {"config": config, "model": checkpoint.describe(model)}  # now: training changes learning rates
-        self._restore()
+        failed = None
+        try:
+            self._restore()
+        except checkpoint.CheckpointError as error:
+            failed = error
+        if workers.any(failed is not None)[0]:
+            raise failed or checkpoint.CheckpointError("another worker can't use its checkpoint, and says why")
         place = {"epoch": self.progress.epoch, "step": self.progress.step}
-        workers.check_same(self._about | place, "the settings and the checkpoint")
+        workers.check_same({"config": config} | place, "the settings and the checkpoint")
 
     def _restore(self) -> None:
         """Reads the newest checkpoint into the model; nothing is assigned unless all of it fits."""
@@ -249,7 +292,13 @@ class _Run:
         checkpoint.require_same(self.folder, about, self._about)
         self.best = {name: array for name, array in arrays.items() if name.startswith(_BEST)}
         values = [array for name, array in arrays.items() if name not in self.best]
-        for variable, value in zip(_state(self._model).values(), values, strict=True):
+        variables = list(_state(self._model).values())
+        shapes, others = [tuple(variable.shape) for variable in variables], [value.shape for value in values]
+        if shapes != others:  # of what no name and no setting shows, as random states
+            raise checkpoint.CheckpointError(
+                f"workdir {self.folder} holds another model's variables; choose another one"
+            )
+        for variable, value in zip(variables, values, strict=True):
             variable.assign(value)
         spread_random_states(self._model)  # the file has the first replica's
         self.progress = Progress(**about["progress"])
@@ -258,14 +307,7 @@ class _Run:
         """Keeps the weights as they are now as the best epoch's."""
         weights = {f"{index:05d}:{weight.path}": weight for index, weight in enumerate(self._model.weights)}
         self.best = _values(weights, _BEST)
-        self.save_best()
-
-    def save_best(self) -> None:
-        """Writes `best.npz`, for people: a resumed run has the weights from its checkpoint."""
-        if self.workers.is_chief:
-            weights = {name.removeprefix(_BEST): array for name, array in self.best.items()}
-            with checkpoint.guard_disk(self.folder):
-                checkpoint.replace(self.folder / "best.npz", lambda file: np.savez(file, **weights))
+        self._write_best()
 
     def save(self) -> None:
         """Writes a checkpoint and `metrics.json`."""
@@ -273,8 +315,23 @@ class _Run:
             progress = self.progress
             about = self._about | {"progress": dataclasses.asdict(progress)}
             self._checkpoints.save(progress.epoch, progress.step, _values(_state(self._model)) | self.best, about)
+            self._write_metrics()
+
+    def finish(self) -> None:
+        """Writes again what people read: a kill may have come between the last checkpoint and these files."""
+        self._write_best()
+        self._write_metrics()
+
+    def _write_best(self) -> None:
+        if self.workers.is_chief:
+            weights = {name.removeprefix(_BEST): array for name, array in self.best.items()}
             with checkpoint.guard_disk(self.folder):
-                _write_metrics(self.folder, progress, self._config, {})
+                checkpoint.replace(self.folder / "best.npz", lambda file: np.savez(file, **weights))
+
+    def _write_metrics(self) -> None:
+        if self.workers.is_chief:
+            with checkpoint.guard_disk(self.folder):
+                _write_metrics(self.folder, self.progress, self._config, {})
 
 
 class _Saver(keras.callbacks.Callback):

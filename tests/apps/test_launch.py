@@ -57,7 +57,7 @@ def test_program_that_fails_is_the_reason():
     assert result.returncode == 2
     assert re.search(r"^\[[012]\] usage: .*json\.tool", result.stdout, re.MULTILINE)
     assert re.fullmatch(
-        r"error: worker [012] ended with exit status 2; all workers are stopped, the same command goes on\n",
+        r"error: worker [012] ended with exit status 2; all workers are stopped\n",
         result.stderr,
     )
 
@@ -67,6 +67,7 @@ def test_program_that_fails_is_the_reason():
     [
         ([], "error: name the program after the flags, as in: python -m apps.launch"),
         (["--num_workers=2", "--", "--dataset=x"], "error: name the program after the flags"),
+        (["json.tool", "--distribute", "none"], "error: --distribute: the workers get --distribute=multi_worker"),
         (["json.tool", "--distribute=none"], "error: --distribute=none: the workers get --distribute=multi_worker"),
         (["--num_workers=1", "json.tool"], "num_workers"),
     ],
@@ -88,7 +89,7 @@ def test_killed_worker_ends_all_with_its_reason():
     printed, _ = launcher.communicate(timeout=60)
     assert time.monotonic() - begin < 60
     assert launcher.returncode == 128 + signal.SIGKILL
-    assert re.search(r"error: worker 1 was killed by SIGKILL; all workers are stopped", printed)
+    assert re.search(r"error: worker 1 was killed by SIGKILL; the same command goes on; all workers", printed)
     assert wait_until_gone(workers, 1)
 
 
@@ -100,7 +101,7 @@ def test_interrupted_launcher_stops_all(number):
     launcher.send_signal(number)
     printed, _ = launcher.communicate(timeout=60)
     assert launcher.returncode == 130
-    assert "interrupted; all workers are stopped" in printed
+    assert "interrupted; the same command goes on; all workers are stopped" in printed
     assert "Traceback" not in printed
     assert wait_until_gone(workers, 1)
 
