@@ -129,8 +129,9 @@ def _stop(workers: list[subprocess.Popen], grace: float) -> None:
     end = time.monotonic() + grace
     while time.monotonic() < end and any(worker.poll() is None for worker in workers):
         time.sleep(0.1)
-    for worker in workers:
+    for worker in workers:  # all before any is waited for, or the others complain of the first one's end
         _signal(worker, signal.SIGKILL)
+    for worker in workers:
         worker.wait()
 
 

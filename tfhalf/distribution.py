@@ -101,8 +101,8 @@ def even(dataset: tf.data.Dataset, num_replicas: int) -> tf.data.Dataset:
     def check(*batch):
         size = tf.shape(tf.nest.flatten(batch)[0])[0]
         message = (
-            f"a batch can't be divided evenly among {num_replicas} replicas; make each batch's size a multiple of it "
-            "(batch(..., drop_remainder=True))"
+            f"a batch does not divide evenly among {num_replicas} replicas: make each batch's size a multiple of that, "
+            "as batch(..., drop_remainder=True) does"
         )
         with tf.control_dependencies([tf.debugging.assert_equal(size % num_replicas, 0, message)]):
             return tf.nest.map_structure(tf.identity, batch)
@@ -150,23 +150,35 @@ class Workers:
         """Returns once every worker has called it."""
         self.any(False)
 
-    def check_same(self, value, what: str) -> None:
-        """Raises unless every worker has this value.
+    def check_same(self, values: dict[str, object], what: str) -> None:
+        """Raises unless every worker has these values.
 
         Args:
-            value: anything with a JSON form.
-            what: names the value in the error.
+            values: JSON values by name.
+            what: names them all in the error.
 
         Raises:
-            DistributionError: on every worker, if one has another value.
+            DistributionError: on every worker, if one has other values; the message says which.
         """
         if not self.several:
             return
-        digest = zlib.crc32(json.dumps(value, sort_keys=True).encode())
-        bits = np.array([digest >> shift & 1 for shift in range(32)], "float32")
+        names = sorted(values)
+        same_names, same_all = self._agree([names, values])
+        if same_all:
+            return
+        differing = names
+        if same_names:
+            agreed = self._agree([values[name] for name in names])
+            differing = [name for name, same in zip(names, agreed, strict=True) if not same]
+        here = ", ".join(f"{name} is {json.dumps(values[name])} here" for name in differing)
+        raise DistributionError(
+            f"the workers don't agree on {what} ({here}); give all of them the same flags, code and --workdir, in a "
+            "folder that all of them see"
+        )
+
+    def _agree(self, values: list) -> list[bool]:
+        """Returns for each value whether every worker has it; by sums over workers of the bits of its digest."""
+        digests = [zlib.crc32(json.dumps(value, sort_keys=True).encode()) for value in values]
+        bits = np.array([[digest >> shift & 1 for shift in range(32)] for digest in digests], "float32")
         counts = self._sum(tf.constant(bits)).numpy()
-        if np.any((counts > 0) & (counts < self.num_replicas)):
-            raise DistributionError(
-                f"the workers don't agree on {what} (here: {json.dumps(value)}); give all of them the same flags, code "
-                "and --workdir, in a folder that all of them see"
-            )
+        return [not np.any((row > 0) & (row < self.num_replicas)) for row in counts]

@@ -8,15 +8,15 @@ before back-propagation and the gradients are divided by it afterwards. One step
 3. unscale, in float32; accumulate, where several batches make one step; clip (the inner optimizer does); update.
 
 A skipped step changes no variable but the counters here. Where a gradient overflowed the scale is halved; where the
-loss itself wasn't finite the scale isn't to blame and stays; after `dynamic_growth_steps` good batches in a row it
-is doubled. The scale stays within bounds, and `max_consecutive_skips` skipped batches in a row end training.
+loss itself wasn't finite the scale isn't to blame and stays; `dynamic_growth_steps` good batches after its last change
+it is doubled. It stays within bounds, and `max_consecutive_skips` skipped batches in a row end training.
 
 Keras' own optimizer checks before it reduces, and looks at replica 0 only: one overflow elsewhere makes every weight
 NaN, or lets workers wait for each other for ever. It clips each replica's part, lets the scale run to 0 (and then
 0/0 becomes a weight) or to infinity (which never heals), and says nothing about it.
 
 What layers do in the forward pass, as BatchNormalization's statistics, happens before an optimizer is asked;
-`tfhalf.training.compile_model` takes that back on a skipped step.
+`tfhalf.compile_model` takes that back on a skipped step.
 
 Source: Micikevicius et al. 2018, section 3.2, https://arxiv.org/abs/1710.03740
 """
@@ -59,7 +59,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         inner_optimizer: the Keras optimizer that takes the unscaled step; clipping, weight decay, a moving average
             and schedules are its own settings.
         initial_scale: first scale, within the bounds. Default 2^15: one overflow costs one step.
-        dynamic_growth_steps: good batches in a row before the scale doubles, at least 1. Default 2000.
+        dynamic_growth_steps: good batches since the last change before the scale doubles, at least 1. Default 2000.
         min_scale: the scale never goes below. Default 2^-14, the smallest normal float16.
         max_scale: the scale never goes above. Default 2^24.
         gradient_accumulation_steps: good batches that make one step on the mean of their gradients, at least 1. A
@@ -218,6 +218,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         Raises:
             RuntimeError: `scale_loss` wasn't called in the same function before, or the distribution strategy isn't
                 one of MirroredStrategy, MultiWorkerMirroredStrategy and OneDeviceStrategy.
+            ValueError: the number of gradients isn't that of the variables, or all of them are None.
             tf.errors.InvalidArgumentError: the last `max_consecutive_skips` batches were all skipped.
         """
         strategy = self._strategy()

@@ -281,7 +281,7 @@ class _Run:
         if workers.any(failed is not None)[0]:
             raise failed or checkpoint.CheckpointError("another worker can't use its checkpoint, and says why")
         place = {"epoch": self.progress.epoch, "step": self.progress.step}
-        workers.check_same({"config": config} | place, "the settings and the checkpoint")
+        workers.check_same(config | place, "the settings and the checkpoint")
 
     def _restore(self) -> None:
         """Reads the newest checkpoint into the model; nothing is assigned unless all of it fits."""

@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import ROOT, run_module
 
-PROBING = ["apps.launch", "--grace_seconds=5", "tests.replicas", "--case=probing", "--every"]
+PROBING = ["apps.launch", "--grace_seconds=1", "tests.replicas", "--case=probing", "--every"]
 
 
 def start(*arguments: str) -> subprocess.Popen:
