@@ -20,18 +20,7 @@ from tfhalf import LossScaleOptimizer, PrecisionPlan, compilation, distribution,
 NUM_STEPS = 8
 BAD_STEPS = (2, 3)
 BATCH = 8
-_CLASSES = [
-    "Adadelta",
-    "Adafactor",
-    "Adagrad",
-    "Adamax",
-    "Ftrl",
-    "Lion",
-    "Nadam",
-    "RMSprop",
-    "ScheduleFreeAdamW",
-    "SGD",
-]
+_OTHERS = ["Adadelta", "Adafactor", "Adagrad", "Adamax", "Ftrl", "Lion", "Nadam", "RMSprop", "ScheduleFreeAdamW", "SGD"]
 
 
 def configurations(every: bool) -> dict:
@@ -52,7 +41,7 @@ def configurations(every: bool) -> dict:
         "muon": lambda: optimizers.Muon(0.01),
     }
     if every:
-        inner |= {name.lower(): lambda name=name: getattr(optimizers, name)(0.01) for name in _CLASSES}
+        inner |= {name.lower(): lambda name=name: getattr(optimizers, name)(0.01) for name in _OTHERS}
     made = {name: lambda make=make: LossScaleOptimizer(make(), dynamic_growth_steps=4) for name, make in inner.items()}
     made["accumulation"] = lambda: LossScaleOptimizer(
         optimizers.Adam(0.01, clipnorm=0.1), gradient_accumulation_steps=2

@@ -54,6 +54,11 @@ def test_keeps_the_newest(tmp_path, keep):
     assert (tmp_path / "checkpoints" / "notes.txt").exists()
 
 
+def test_at_least_one_is_kept(tmp_path):
+    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
+        store(tmp_path, keep=0)
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut", "changed", "text", "folder"])
 def test_damaged_newest_falls_back_with_a_warning(tmp_path, damage):
     save(tmp_path, (1, 0), (2, 0))

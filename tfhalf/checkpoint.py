@@ -44,6 +44,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int, report: Callable[[str], None], is_writer: bool = True):
+        if keep < 1:
+            raise ValueError(f"Checkpoints: keep must be at least 1, got {keep}")
         self._folder, self._keep, self._report, self._is_writer = Path(folder), keep, report, is_writer
 
     def paths(self) -> list[Path]:

@@ -122,14 +122,19 @@ def fit(
             progress = run.progress
             if progress.epoch or progress.step:
                 report(f"resuming {folder} after epoch {progress.epoch}, step {progress.step}")
-            board = reporting.TensorBoard(folder / "tensorboard", progress, config, steps_per_epoch, show)
-            with _stop_signals() as stop, board if workers.is_chief else contextlib.nullcontext():
+            board = contextlib.nullcontext()
+            if workers.is_chief:
+                board = reporting.TensorBoard(folder / "tensorboard", progress, config, steps_per_epoch, show)
+            with _stop_signals() as stop, board:
                 for epoch in range(progress.epoch, epochs):
                     # fit once per epoch: each epoch has its own data, and a resumed one fewer steps.
                     first = progress.step
                     watch = _Watch(first, report)
                     saver = _Saver(run, monitor, watch, stop, checkpoint_seconds)
-                    shown = [reporting.ProgressBar(steps_per_epoch, first, epochs, report), watch, board, saver]
+                    callbacks = [watch, saver]
+                    if workers.is_chief:
+                        progress_bar = reporting.ProgressBar(steps_per_epoch, first, epochs, report)
+                        callbacks = [progress_bar, watch, board, saver]
                     with watch.explained():
                         model.fit(
                             distribution.shard(distribution.even(train_data(epoch).skip(first), workers.num_replicas)),
@@ -139,7 +144,7 @@ def fit(
                             validation_data=distribution.shard(validation_data),
                             shuffle=False,
                             verbose=0,
-                            callbacks=shown if workers.is_chief else [watch, saver],
+                            callbacks=callbacks,
                         )
             if not progress.best_epoch:
                 raise TrainingError(f"{monitor} wasn't finite in any epoch; compare with a float32 run")
