@@ -18,7 +18,7 @@ test: $(INSTALLED)
 data: $(INSTALLED)
 	$(RUN) -m apps.data --dataset=mnist_5k,fashion_mnist
 
-# Long campaigns: kills at random moments, overflows on two replicas; about half an hour.
+# Long campaigns: kills at random moments, overflows on two replicas.
 soak: $(INSTALLED)
 	$(RUN) -m pytest -m soak --numprocesses=0 -s
 

@@ -536,7 +536,7 @@ def test_loss_that_depends_on_no_variable_is_told(variable):
         optimizer.apply([None], [variable])
 
 
-def test_custom_loop_gives_no_warning(variable, recwarn, caplog):
+def test_custom_loop_gives_no_warning(variable, caplog):
     optimizer = LossScaleOptimizer(SGD())
     optimizer.build([variable])
     tf.function(lambda: step(optimizer, variable, 1.0), autograph=True)()

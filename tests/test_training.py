@@ -285,7 +285,7 @@ def test_checkpoint_that_cannot_be_written_stops_the_run_and_keeps_the_last(mode
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_bad_data_stops_an_unscaled_run_with_the_reason(build_convnet, tmp_path, poison, policy):
-    with pytest.raises(training.TrainingError, match=r"loss is .*; non-finite weights: .*\. Look for NaN"):
+    with pytest.raises(training.TrainingError, match=r"loss is .*; non-finite weights: .*; look for NaN"):
         fit(compiled(build_convnet(policy)), tmp_path, train_data=lambda epoch: batches(epoch, poison))
     assert not list(tmp_path.rglob("*.npz")), "a poisoned state was saved"
 

@@ -116,7 +116,7 @@ def describe(model: keras.Model) -> dict[str, Any]:
     names = {id(weight): f"{path}/{weight.name}" for path, layer in layers.items() for weight in layer.weights}
     return {
         "classes": [[path, type(layer).__name__] for path, layer in layers.items()],
-        "settings": [[path, _settings(layer)] for path, layer in layers.items()],
+        "settings": [[path, _settings(path, layers)] for path in layers],
         "layers": [[path, layer.compute_dtype] for path, layer in layers.items()],
         "weights": [
             [names.get(id(weight), weight.name), weight.dtype, [int(size) for size in weight.shape]]
@@ -174,10 +174,10 @@ def _list_differences(there: list, here: list, what: str) -> str:
     return ", ".join(differing[:5])
 
 
-def _settings(layer: keras.Layer) -> dict[str, Any]:
+def _settings(path: str, layers: dict[str, keras.Layer]) -> dict[str, Any]:
     """A layer's own settings; those of layers inside it stand in their own rows."""
-    # Private Keras: a layer's direct children, as in precision.layers_by_path.
-    if layer._layers:
+    layer = layers[path]
+    if any(other.startswith(f"{path}/") for other in layers):
         return {"trainable": layer.trainable}
     try:
         return dict(sorted(_flat(layer.get_config(), "")))

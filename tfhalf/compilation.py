@@ -113,7 +113,7 @@ def _strategy(model: keras.Model) -> tf.distribute.Strategy | None:
 def _add_losses_in_float32(model: keras.Model) -> None:
     # Private Keras: it hands each added loss through this method on its way into the sum.
     aggregate = model._aggregate_additional_loss
-    model._aggregate_additional_loss = lambda loss: aggregate(tf.cast(loss, tf.float32))
+    model._aggregate_additional_loss = lambda loss: aggregate(precision.at_least_float32(loss))
 
 
 def _regularise_activities_in_float32(model: keras.Model) -> None:
@@ -131,7 +131,7 @@ def _regularise_activities_in_float32(model: keras.Model) -> None:
         regularizers = [layer.activity_regularizer for layer in layers]
         try:
             for layer, regularizer in zip(layers, regularizers, strict=True):
-                layer.activity_regularizer = lambda x, inner=regularizer: inner(tf.cast(x, tf.float32))
+                layer.activity_regularizer = lambda x, inner=regularizer: inner(precision.at_least_float32(x))
             yield
         finally:  # so that the layers are saved as they were made
             for layer, regularizer in zip(layers, regularizers, strict=True):

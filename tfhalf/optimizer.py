@@ -28,6 +28,8 @@ from collections.abc import Iterator
 import keras
 import tensorflow as tf
 
+from tfhalf import precision
+
 _STRATEGIES = (
     tf.distribute.MirroredStrategy,
     tf.distribute.MultiWorkerMirroredStrategy,
@@ -153,7 +155,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return self.add_variable(shape=(), dtype="int64", initializer="zeros", aggregation="none", name=name)
 
     def _accumulator(self, variable) -> keras.Variable:
-        dtype = "float32" if _is_half(variable.dtype) else variable.dtype
+        dtype = "float32" if tf.as_dtype(variable.dtype).name in precision.HALF_DTYPES else variable.dtype
         with self._distribution_strategy.extended.colocate_vars_with(getattr(variable, "value", variable)):
             return self.add_variable(shape=variable.shape, dtype=dtype, name="gradient_accumulator")
 
@@ -200,9 +202,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         Returns:
             float32 `[...]` (float64 of float64): a half loss times 2^15 would overflow by itself.
         """
-        loss = keras.ops.convert_to_tensor(loss)
-        if loss.dtype != tf.float64:
-            loss = tf.cast(loss, tf.float32)
+        loss = precision.at_least_float32(tf.convert_to_tensor(loss))
         self._losses.note(tf.reduce_all(tf.math.is_finite(loss)))
         scale = self.dynamic_scale if self.built else self.initial_scale
         return tf.multiply(loss, tf.cast(scale, loss.dtype))
@@ -234,7 +234,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         replicated = strategy.num_replicas_in_sync > 1
         if replicated or self.gradient_accumulation_steps > 1:
             self._refuse_overwritten(variables)
-        grads = [None if grad is None else _map_values(_at_least_float32, grad) for grad in grads]
+        grads = [None if grad is None else _map_values(precision.at_least_float32, grad) for grad in grads]
         num_bad_losses = 1.0 - tf.cast(finite_loss, tf.float32)
         if replicated:
             grads, num_bad_losses = _reduce_sum(grads, num_bad_losses)
@@ -459,14 +459,6 @@ def _read(variable, kind: type):
 def _call(function, *arguments) -> None:
     """Calls a branch of a cond, whose branches must return the same: nothing."""
     function(*arguments)
-
-
-def _is_half(dtype) -> bool:
-    return tf.as_dtype(dtype) in (tf.float16, tf.bfloat16)
-
-
-def _at_least_float32(values):
-    return tf.cast(values, tf.float32) if _is_half(values.dtype) else values
 
 
 def _map_values(function, grad):

@@ -212,6 +212,11 @@ def computing_in(model: keras.Model, dtype: str) -> Iterator[None]:
             layer.dtype_policy = old
 
 
+def at_least_float32(tensor: tf.Tensor) -> tf.Tensor:
+    """Returns a half tensor in float32, and any other as it is."""
+    return tf.cast(tensor, tf.float32) if tensor.dtype.name in HALF_DTYPES else tensor
+
+
 def compute_dtypes(model: keras.Model) -> set[str]:
     """Returns the dtypes that a model's layers are set to compute in."""
     return {layer.compute_dtype for layer in layers_by_path(model).values()}

@@ -260,10 +260,7 @@ class _Watch(keras.callbacks.Callback):
         stalled = f"{optimizer.consecutive_skips} steps in a row were skipped; " if scaled and optimizer.stalled else ""
         state = f"non-finite weights: {', '.join(bad[:5])}" if bad else "all weights are finite"
         scale = f"; loss scale {optimizer.scale:g}, {optimizer.steps_skipped} steps skipped" if scaled else ""
-        raise TrainingError(
-            f"training stopped at {when}: {stalled}loss is {loss:g}; {state}{scale}. Look for NaN or huge values in "
-            "the data, lower the learning rate, or compare with a float32 run"
-        )
+        raise TrainingError(f"training stopped at {when}: {stalled}loss is {loss:g}; {state}{scale}; {REMEDY}")
 
 
 class _Run:
