@@ -1,10 +1,10 @@
-# make demo | make test | make data | make soak: each builds .venv itself when it is missing or setup.cfg has changed.
+# make demo | make test | make bench | make data | make soak: each builds .venv itself when it is missing or setup.cfg has changed.
 # Needs Python 3.11; `make PYTHON=/path/to/python3.11 ...` names another one.
 PYTHON ?= python3.11
 RUN := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: demo test data soak clean
+.PHONY: demo test bench data soak clean
 
 demo: $(INSTALLED)
 	$(RUN) -m apps.image.classification --dataset=mnist_5k --dtype_policy=mixed_float16 --workdir=runs/demo
@@ -17,6 +17,14 @@ test: $(INSTALLED)
 
 data: $(INSTALLED)
 	$(RUN) -m apps.data --dataset=mnist_5k,fashion_mnist
+
+# The short form of what RESULTS.md shows; 30 rounds or more are for claims.
+bench: $(INSTALLED)
+	$(RUN) -m pip install --disable-pip-version-check --quiet --editable '.[dev,bench]'
+	$(RUN) -m benchmarks.training --network=resnet --rounds=5
+	$(RUN) -m benchmarks.training --network=encoder --rounds=5
+	$(RUN) -m benchmarks.inference --network=resnet --rounds=10
+	$(RUN) -m benchmarks.inference --network=encoder --rounds=10
 
 # Long campaigns: kills at random moments, overflows on two replicas.
 soak: $(INSTALLED)

@@ -155,6 +155,8 @@ def define_flags(task: Task, values: flags.FlagValues) -> list[str]:
     logical_help = "Replicas on the CPU, 1 or more, to try --distribute=mirrored without GPUs."
     flags.DEFINE_integer("num_logical_devices", None, logical_help, 1, **here)
     flags.DEFINE_bool("deterministic", False, "The same numbers in every run, bit by bit; may be slower.", **here)
+    accelerate_help = "Put tfhalf's kernels under the model: the same numbers within rounding, faster on a CPU."
+    flags.DEFINE_bool("accelerate", True, accelerate_help, **here)
     flags.DEFINE_bool("jit_compile", False, "Compile the training step with XLA; on one device.", **here)
     task.define_flags(values)
     names = sorted(set(values) - others)
@@ -259,6 +261,8 @@ def _introduce(task: Task, options, model: keras.Model, measured, workers: distr
     if measured.multiply_adds_in_half:
         islands = ", ".join(measured.islands) or "none"
         say(f"{measured.multiply_adds_in_half:.1%} of multiply-adds in half; float32 islands: {islands}")
+    if options.accelerate and (left := tfhalf.left_alone(model)):
+        say("not accelerated: " + "; ".join(f"{path} ({why})" for path, why in left.items()))
     if options.distribute != "none":
         share = options.batch_size // workers.num_replicas
         say(f"{workers.num_replicas} replicas, {share} of a batch's {options.batch_size} examples each")
@@ -320,9 +324,14 @@ def build(task: Task, options: types.SimpleNamespace, data: Data) -> keras.Model
         with options.plan.scope():
             model = task.build_model(options, data)
         options.plan.apply(model)
+        steps = options.epochs * data.steps_per_epoch // options.gradient_accumulation_steps
+        optimizer = task.build_optimizer(options, steps)
+        if options.accelerate:
+            tfhalf.accelerate(model)
+            tfhalf.accelerate_optimizer(optimizer)
         training.compile_model(
             model,
-            task.build_optimizer(options, options.epochs * data.steps_per_epoch // options.gradient_accumulation_steps),
+            optimizer,
             loss=task.build_loss(options),
             metrics=task.build_metrics(),
             jit_compile=options.jit_compile,

@@ -12,9 +12,9 @@ SOURCES = sorted([*ROOT.glob("tfhalf/**/*.py"), *ROOT.glob("apps/**/*.py"), *ROO
 # What each module may import of ours; a package's name stands for all inside it.
 LAYERS = [
     {"tfhalf.precision", "tfhalf.replay", "tfhalf.bundle", "tfhalf.distribution"},
-    {"tfhalf.optimizer", "tfhalf.checkpoint"},
-    {"tfhalf.reporting", "tfhalf.compilation"},
-    {"tfhalf.training", "tfhalf.export", "tfhalf.datasets"},
+    {"tfhalf.kernels", "tfhalf.optimizer", "tfhalf.checkpoint"},
+    {"tfhalf.recurrent", "tfhalf.reporting", "tfhalf.compilation"},
+    {"tfhalf.acceleration", "tfhalf.training", "tfhalf.export", "tfhalf.datasets"},
     {"tfhalf"},
     {"apps.runner"},
     {"apps"},

@@ -1,5 +1,6 @@
 """tfhalf: half-precision training and serving with Keras that is right, fast and proven."""
 
+from tfhalf.acceleration import accelerate, accelerate_optimizer, decelerate, left_alone
 from tfhalf.bundle import ExportError, Manifest, load_saved_model, verify
 from tfhalf.compilation import compile_model
 from tfhalf.export import export_saved_model
@@ -14,9 +15,13 @@ __all__ = [
     "Manifest",
     "PrecisionPlan",
     "StopWhenStalled",
+    "accelerate",
+    "accelerate_optimizer",
     "compile_model",
     "coverage",
+    "decelerate",
     "export_saved_model",
+    "left_alone",
     "load_saved_model",
     "verify",
 ]

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import keras
@@ -26,6 +26,9 @@ import numpy as np
 import tensorflow as tf
 
 HALF_DTYPES = ("float16", "bfloat16")
+# Methods that `tfhalf.accelerate` replaces on a layer's instance.
+KERNEL_ATTRIBUTES = ("call", "_compute_attention", "inner_loop")
+KERNEL_MARK = "is_a_kernel"
 _NORMALIZATIONS = (
     keras.layers.BatchNormalization,
     keras.layers.LayerNormalization,
@@ -212,6 +215,24 @@ def computing_in(model: keras.Model, dtype: str) -> Iterator[None]:
             layer.dtype_policy = old
 
 
+@contextlib.contextmanager
+def without_kernels(model: keras.Model) -> Iterator[None]:
+    """Lets every layer of a model compute as Keras wrote it while the block runs, whether it is accelerated or not."""
+    layers = [model, *layers_by_path(model).values()]
+    taken = [(layer, take_kernels(layer)) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, kernels in taken:
+            layer.__dict__.update(kernels)
+
+
+def take_kernels(layer: keras.Layer) -> dict[str, Callable]:
+    """Takes the kernels off one layer and returns them by name; what else was put on its instance stays."""
+    ours = [name for name in KERNEL_ATTRIBUTES if hasattr(layer.__dict__.get(name), KERNEL_MARK)]
+    return {name: layer.__dict__.pop(name) for name in ours}
+
+
 def at_least_float32(tensor: tf.Tensor) -> tf.Tensor:
     """Returns a half tensor in float32, and any other as it is."""
     return tf.cast(tensor, tf.float32) if tensor.dtype.name in HALF_DTYPES else tensor
@@ -345,7 +366,7 @@ def coverage(model: keras.Model, inputs=None) -> Coverage:
     if inputs is None and open_shapes:
         raise ValueError(f"model {model.name!r}: {open_shapes[0]!r} has an open shape; pass inputs=<a sample batch>")
     work: dict[int, dict[str, int]] = {}
-    with _counting(model, work):
+    with without_kernels(model), _counting(model, work):
         _trace(model, inputs)
     rows = []
     for path, layer in layers_by_path(model).items():

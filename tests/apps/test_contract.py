@@ -85,6 +85,24 @@ def test_one_step_then_a_bundle_that_agrees(module, policy, tmp_path, data_dir):
             np.testing.assert_allclose(array, expected[name], atol=atol, err_msg=f"{signature}: {name}")
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("module", MODULES)
+def test_kernels_change_nothing_but_speed(module, policy, data_dir):
+    task = importlib.import_module(module).TASK
+    losses = {}
+    for accelerate in (True, False):
+        options = options_for(
+            task, f"--dtype_policy={policy}", f"--data_dir={data_dir}", "--batch_size=16", f"--accelerate={accelerate}"
+        )
+        data = task.load_data(options)
+        model = runner.build(task, options, data)
+        assert any("call" in vars(layer) for layer in model.layers) is accelerate
+        assert tfhalf.left_alone(model) == {}
+        batches = data.train(0).take(3).as_numpy_iterator()
+        losses[accelerate] = [float(model.train_on_batch(*batch)[0]) for batch in batches]
+    np.testing.assert_allclose(losses[True], losses[False], rtol=1e-4 if policy == "float32" else 2e-2)
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_training_data_is_a_pure_function_of_seed_and_epoch(module, data_dir):
     task = importlib.import_module(module).TASK

@@ -1,0 +1,83 @@
+"""What every comparison here needs: ratios with their uncertainty, and the facts of the machine.
+
+Two things are timed in turn, round by round, and compared by the ratios within rounds: what disturbs a round disturbs
+both. The interval is of the median ratio, by bootstrap over the rounds (Efron 1979) with percentiles: the corrections
+of BCa rest on a jackknife, which is inconsistent for a median (Efron & Tibshirani 1993, section 11.6).
+"""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+# A load above it before the start: others compute too.
+BUSY_LOAD = 0.5
+_PACKAGES = ("tensorflow", "keras", "numpy", "torch")
+# The CPU's instructions that decide how fast half precision is.
+_INSTRUCTIONS = ("avx2", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16", "asimdhp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A median with its 95% confidence interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def median(values) -> Estimate:
+    """Estimates the median of what the rounds, two or more, measured."""
+    values = np.asarray(values, "float64")
+    result = stats.bootstrap((values,), np.median, method="percentile", random_state=0)
+    return Estimate(float(np.median(values)), *map(float, result.confidence_interval))
+
+
+def paired_ratio(numerators, denominators) -> Estimate:
+    """Estimates the median of the ratios within rounds."""
+    return median(np.asarray(numerators) / np.asarray(denominators))
+
+
+def load() -> float:
+    """The number of processes that compute or wait to, on the average of the last minute."""
+    return os.getloadavg()[0]
+
+
+def warn_if_busy(before: float) -> None:
+    """Says so when others computed here just before the start.
+
+    It isn't the same for all: PyTorch's threads (OpenMP) wait for each other by spinning, and were seen to take seven
+    times as long beside one other process that computes.
+    """
+    if before > BUSY_LOAD:
+        print(f"warning: load {before:.2f} before the start: numbers on a busy machine don't count", flush=True)
+
+
+def machine() -> dict[str, object]:
+    """The CPU, its cores that this process may use, and its instructions that matter to half precision."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    found = facts.get("flags", facts.get("Features", "")).split()
+    return {
+        "cpu": facts.get("model name", platform.machine()),
+        "cores": len(os.sched_getaffinity(0)),
+        "instructions": [name for name in _INSTRUCTIONS if name in found],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what is compared; a package that isn't installed is left out."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
