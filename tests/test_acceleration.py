@@ -53,6 +53,21 @@ class KeptDense(layers.Dense):
     """Keeps Keras' call."""
 
 
+class OwnAttention(layers.MultiHeadAttention):
+    """Keeps Keras' methods but one that is used inside."""
+
+    def _masked_softmax(self, attention_scores, attention_mask=None):
+        return super()._masked_softmax(attention_scores + 1, attention_mask)
+
+
+class OwnNormalization(layers.BatchNormalization):
+    """As OwnAttention."""
+
+    def _moments(self, inputs, mask):
+        mean, variance = super()._moments(inputs, mask)
+        return mean, 2 * variance
+
+
 class Subclassed(keras.Model):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -187,6 +202,9 @@ def test_what_has_no_kernel_is_named_and_works():
         x = layers.BatchNormalization(axis=1, name="other_axis")(inputs)
         x = layers.LSTM(4, return_sequences=True, recurrent_dropout=0.5, name="lstm")(x)
         x = layers.GRU(4, return_sequences=True, name="gru")(x)
+        x = layers.GroupQueryAttention(4, 2, 1, name="grouped")(x, x)
+        x = OwnAttention(2, 4, name="own")(x, x)
+        x = OwnNormalization(name="moments")(x)
         return keras.Model(inputs, layers.PReLU(name="prelu")(x))
 
     model = accelerate(build(make, "mixed_float16"))
@@ -194,9 +212,12 @@ def test_what_has_no_kernel_is_named_and_works():
         "other_axis": "BatchNormalization with these settings has no kernel",
         "lstm": "LSTM with these settings has no kernel",
         "gru": "GRU has no kernel",
+        "grouped": "GroupedQueryAttention has no kernel",
+        "own": "OwnAttention has no kernel",
+        "moments": "OwnNormalization has no kernel",
         "prelu": "PReLU has no kernel",
     }
-    assert not with_kernel(model)
+    assert all(path.startswith(("grouped/", "own/")) for path in with_kernel(model)), "only the projections"
     assert model(np.ones([2, 6, 4], "float32")).shape == (2, 6, 4)
 
 
@@ -265,6 +286,54 @@ def test_plan_applies_after_accelerating():
     assert model.get_layer("conv")(batch()[0]).dtype == tf.float32
     with precision.computing_in(model, "bfloat16"):
         assert model.get_layer("depthwise")(np.ones([1, 8, 8, 8], "float32")).dtype == tf.bfloat16
+
+
+@pytest.mark.parametrize("make", [
+    lambda: layers.Dense(4), lambda: layers.EinsumDense("ab,bc->ac", 4, bias_axes="c"),
+    lambda: layers.BatchNormalization(),
+])  # fmt: skip
+def test_integers_are_taken_as_keras_takes_them(make):
+    def build_it():
+        return keras.Sequential([keras.Input([8], dtype="int32"), make()])
+
+    x = np.arange(24, dtype="int32").reshape(3, 8)
+    np.testing.assert_allclose(accelerate(build(build_it))(x), build(build_it)(x), rtol=1e-6)
+
+
+def test_sparse_inputs_are_taken_as_keras_takes_them():
+    model = accelerate(build(lambda: keras.Sequential([keras.Input([8], sparse=True), layers.Dense(4)])))
+    x = np.eye(8, dtype="float32")[:3]
+    np.testing.assert_allclose(model(tf.sparse.from_dense(x)), x @ np.array(model.weights[0]), atol=1e-6)
+
+
+def test_float64_stays_keras():
+    def make():
+        kinds = [layers.Dense(4, "gelu", use_bias=False), layers.BatchNormalization(), layers.Activation("tanh"),
+                 layers.Reshape([2, 2]), layers.LSTM(3, use_bias=False)]  # fmt: skip
+        return keras.Sequential([keras.Input([8]), *kinds])
+
+    keras.config.set_dtype_policy("float64")
+    try:
+        keras.utils.set_random_seed(0)
+        model = make()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    x = np.random.default_rng(0).normal(size=[5, 8])
+    stock = np.array(model(x, training=False))
+    np.testing.assert_array_equal(accelerate(model)(x, training=False), stock)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: layers.Dense(8, "gelu"),
+    lambda: layers.EinsumDense("abc,cd->abd", (None, 8), activation="gelu", bias_axes="d"),
+])  # fmt: skip
+def test_layers_of_unknown_length_are_not_compiled(make):
+    """XLA would compile them anew for each length."""
+    model = accelerate(build(lambda: keras.Sequential([keras.Input([None, 8]), make()]), "mixed_bfloat16"))
+    graph = tf.function(model).get_concrete_function(tf.TensorSpec([None, None, 8])).graph
+    assert not [operation for operation in graph.get_operations() if "PartitionedCall" in operation.type]
+    graph = tf.function(model).get_concrete_function(tf.TensorSpec([None, 5, 8])).graph
+    assert [operation for operation in graph.get_operations() if "PartitionedCall" in operation.type]
 
 
 def test_skipped_step_leaves_the_statistics():
@@ -416,5 +485,5 @@ def test_xla_compiles_an_accelerated_step():
 
 def test_every_kernel_s_class_has_the_method_that_is_replaced():
     """Fails when Keras moves or renames what is replaced."""
-    for kind, attribute, _ in acceleration._KERNELS:
-        assert callable(getattr(kind, attribute)), (kind, attribute)
+    for kind, methods, _ in acceleration._KERNELS:
+        assert all(callable(getattr(kind, name)) for name in methods), (kind, methods)

@@ -89,6 +89,50 @@ def test_initial_and_kept_state():
         np.testing.assert_allclose(ours(X), stock(X), atol=1e-6)
 
 
+@pytest.mark.parametrize("sequences", [False, True])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_masked_first_steps_put_out_zeros_whatever_the_first_state(sequences, backwards):
+    def make():
+        keras.utils.set_random_seed(0)
+        inputs = [keras.Input([7, 5]), keras.Input([6]), keras.Input([6]), keras.Input([7], dtype="int32")]
+        lstm = keras.layers.LSTM(6, return_sequences=sequences, return_state=True, go_backwards=backwards)
+        return keras.Model(inputs, lstm(inputs[0], initial_state=inputs[1:3], mask=inputs[3]))
+
+    mask = np.array([[0, 0, 1, 1, 0, 1, 0], [1, 0, 1, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0]], "int32")
+    random = np.random.default_rng(1)
+    inputs = [X, *random.normal(size=[2, 3, 6]).astype("float32"), mask]
+    for here, there in zip(accelerate(make())(inputs), make()(inputs), strict=True):
+        np.testing.assert_allclose(here, there, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrap", [lambda lstm: lstm, keras.layers.Bidirectional])
+def test_eager_training_step(wrap):
+    losses = []
+    for speed_up in (lambda model: model, accelerate):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input([7, 5]), wrap(keras.layers.LSTM(6)), keras.layers.Dense(1)])
+        speed_up(model).compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=True)
+        losses.append([float(model.train_on_batch(X, np.ones([3, 1]))) for _ in range(3)])
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_cell_of_ones_own_is_left_alone():
+    class Cell(keras.layers.LSTMCell):
+        def call(self, inputs, states, training=False):
+            output, states = super().call(inputs, states, training=training)
+            return 2 * output, states
+
+    class Own(keras.layers.LSTM):
+        def __init__(self, units):
+            super().__init__(units)
+            self.cell = Cell(units)
+
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input([7, 5]), Own(6)])
+    stock = np.array(model(X))
+    np.testing.assert_array_equal(accelerate(model)(X), stock)
+
+
 def test_dropout_of_inputs_is_active_in_training_only():
     model = accelerate(build(dropout=0.5, return_sequences=True))
     still = np.array(model(X))

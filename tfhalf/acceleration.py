@@ -9,6 +9,7 @@ What is exported or measured by `tfhalf.coverage` is traced without the kernels 
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 
@@ -76,6 +77,7 @@ def accelerate(model: keras.Model) -> keras.Model:
     for layer in _layers(model).values():
         attribute, kernel = _kernel(layer)
         if kernel is not None and attribute not in layer.__dict__:
+            kernel = _for_floats(layer, attribute, kernel)
             setattr(kernel, precision.KERNEL_MARK, True)
             # Not by setattr: Keras locks a built layer against new attributes that hold state, and this is none.
             layer.__dict__[attribute] = kernel
@@ -92,7 +94,10 @@ def decelerate(model: keras.Model) -> keras.Model:
 
 
 def left_alone(model: keras.Model) -> dict[str, str]:
-    """Returns the layers that `accelerate` can do nothing for, though they compute: path to reason."""
+    """Returns the layers that `accelerate` can do nothing for, though they compute: path to reason.
+
+    Of a layer that is made of others, its parts are named.
+    """
     reasons = {}
     for path, layer in _layers(model).items():
         attribute, kernel = _kernel(layer)
@@ -101,7 +106,7 @@ def left_alone(model: keras.Model) -> dict[str, str]:
             reasons[path] = f"its {attribute} was replaced by somebody else"
         elif attribute and kernel is None:
             reasons[path] = f"{kind} with these settings has no kernel"
-        elif not attribute and (isinstance(layer, keras.layers.RNN) or not _is_silent(layer)):
+        elif not attribute and not _is_silent(layer):
             reasons[path] = f"{kind} has no kernel"
     return reasons
 
@@ -179,14 +184,30 @@ def _layers(model: keras.Layer) -> dict[str, keras.Layer]:
 
 def _kernel(layer: keras.Layer) -> tuple[str, Call | None]:
     """Returns what is replaced on a layer ("": it isn't known), and by what (None: not with its settings)."""
-    for kind, attribute, make in _KERNELS:
-        if isinstance(layer, kind) and getattr(type(layer), attribute) is getattr(kind, attribute):
+    for kind, (attribute, *used), make in _KERNELS:
+        methods = (attribute, *used)
+        if isinstance(layer, kind) and all(getattr(type(layer), name) is getattr(kind, name) for name in methods):
             return attribute, make(layer)
     return "", None
 
 
+def _for_floats(layer: keras.Layer, attribute: str, kernel: Call) -> Call:
+    """A kernel that leaves inputs of other kinds to Keras: integers, float64, sparse and ragged tensors."""
+    own = functools.partial(getattr(type(layer), attribute), layer)
+    name = next(iter(inspect.signature(own).parameters))
+
+    def call(*args, **kwargs):
+        first = args[0] if args else kwargs[name]
+        floats = isinstance(first, tf.Tensor) and first.dtype.name in (*precision.HALF_DTYPES, "float32")
+        return (kernel if floats else own)(*args, **kwargs)
+
+    return call
+
+
 def _is_silent(layer: keras.Layer) -> bool:
     """Whether nothing is lost with a layer, or others speak for it: those inside it, the loop around a cell."""
+    if isinstance(layer, keras.layers.RNN | keras.layers.MultiHeadAttention | keras.layers.GroupQueryAttention):
+        return False
     return isinstance(layer, _NOTHING_TO_GAIN) or bool(precision.layers_by_path(layer)) or hasattr(layer, "state_size")
 
 
@@ -326,8 +347,8 @@ def _separable_convolution(layer) -> Call | None:
 def _dense(layer: keras.layers.Dense) -> Call:
     def call(inputs, training=None):
         kernel = tf.convert_to_tensor(layer.kernel)
-        y = _finished(layer, kernels.matmul(tf.reshape(inputs, [-1, kernel.shape[0]]), kernel), _bias(layer))
-        return _unrows(y, inputs, 1, kernel.shape[1:])
+        y = kernels.matmul(tf.reshape(inputs, [-1, kernel.shape[0]]), kernel)
+        return _finished(layer, _with_rows_of(inputs, y, 1), _bias(layer))
 
     return call
 
@@ -341,22 +362,24 @@ def _einsum_dense(layer: keras.layers.EinsumDense) -> Call:
 
     def call(inputs, training=None):
         kernel, bias = tf.convert_to_tensor(layer.kernel), None if layer.bias is None else _stored(layer.bias)
-        if not plain or (bias is not None and bias.shape != kernel.shape[len(summed) :]):
+        shape = kernel.shape[len(summed) :]
+        if not plain or (bias is not None and bias.shape != shape):
             y = kernels.round_once(functools.partial(keras.ops.einsum, layer.equation))(inputs, kernel)
             return _finished(layer, y, bias)
-        shape = kernel.shape[len(summed) :]
-        kernel = tf.reshape(kernel, [math.prod(kernel.shape[: len(summed)]), -1])
+        kernel = tf.reshape(kernel, [-1, math.prod(shape)])
         y = kernels.matmul(tf.reshape(inputs, [-1, kernel.shape[0]]), kernel)
+        y = _with_rows_of(inputs, y, len(summed))
         y = _finished(layer, y, None if bias is None else tf.reshape(bias, [-1]))
-        return _unrows(y, inputs, len(summed), shape)
+        return tf.reshape(y, tf.concat([tf.shape(y)[:-1], shape], 0)) if len(shape) > 1 else y
 
     return call
 
 
-def _unrows(y: tf.Tensor, x: tf.Tensor, axes: int, shape) -> tf.Tensor:
-    """A matrix of results in the shape of x with other last axes."""
-    y = tf.reshape(y, tf.concat([tf.shape(x)[:-axes], shape], 0))
-    return tf.ensure_shape(y, [*x.shape[:-axes], *shape])
+def _with_rows_of(x: tf.Tensor, y: tf.Tensor, axes: int) -> tf.Tensor:
+    """A matrix of results in the shape of x, in place of whose last axes it has one."""
+    columns = y.shape[1:]
+    y = tf.reshape(y, tf.concat([tf.shape(x)[:-axes], columns], 0))
+    return tf.ensure_shape(y, [*x.shape[:-axes], *columns])
 
 
 def _attention(layer: keras.layers.MultiHeadAttention) -> Call:
@@ -386,12 +409,15 @@ def _lstm(layer: keras.layers.LSTM) -> Call | None:
     functions = layer.activation, layer.recurrent_activation
     if functions != (keras.activations.tanh, keras.activations.sigmoid) or layer.recurrent_dropout or layer.unroll:
         return None
+    if type(layer.cell).call is not keras.layers.LSTMCell.call:
+        return None
     own = functools.partial(type(layer).inner_loop, layer)
 
     def inner_loop(sequences, initial_state, mask, training=False):
         if kernels.on_accelerator():
             return own(sequences, initial_state, mask, training=training)  # cuDNN's
         mask = mask[0] if isinstance(mask, list | tuple) else mask
+        mask = None if mask is None else tf.cast(mask, tf.bool)
         cell = layer.cell
         if training and layer.dropout:
             sequences = sequences * cell.get_dropout_mask(sequences[:, 0, :])[:, None]
@@ -399,9 +425,12 @@ def _lstm(layer: keras.layers.LSTM) -> Call | None:
             sequences, mask = tf.reverse(sequences, [1]), None if mask is None else tf.reverse(mask, [1])
         weights = tf.convert_to_tensor(cell.kernel), tf.convert_to_tensor(cell.recurrent_kernel)
         bias = _stored(cell.bias) if cell.use_bias else tf.zeros([4 * cell.units])
-        outputs, state, carry = recurrent.lstm(sequences, *initial_state, *weights, bias, mask)
-        if mask is not None and layer.zero_output_for_mask:
-            outputs = tf.where(mask[:, :, None], outputs, 0)
+        states = [tf.convert_to_tensor(each) for each in initial_state]  # kept ones are variables
+        outputs, state, carry = recurrent.lstm(sequences, *states, *weights, bias, mask)
+        if mask is not None:
+            # A masked step puts out what the one before it did, which is 0 before the first, whatever the first state.
+            seen = mask if layer.zero_output_for_mask else tf.cumsum(tf.cast(mask, tf.int32), 1) > 0
+            outputs = tf.where(seen[:, :, None], outputs, 0)
         return outputs[:, -1], outputs, [state, carry]
 
     return inner_loop
@@ -436,43 +465,57 @@ def _masked_average(layer: keras.layers.GlobalAveragePooling1D) -> Call:
     return call
 
 
-def _activation(layer: keras.Layer) -> Call | None:
-    own = functools.partial(type(layer).call, layer)
-    function = layer.activation if isinstance(layer, keras.layers.Activation) else own
-    if function in _NATIVE:
-        return lambda inputs: own(inputs)
-    if isinstance(layer, keras.layers.Activation) and function not in _ELEMENTWISE:
+def _activation(layer: keras.layers.Activation) -> Call | None:
+    if layer.activation in _NATIVE:
+        return lambda inputs: layer.activation(inputs)
+    if layer.activation not in _ELEMENTWISE:
         return None
-    return lambda inputs: kernels.activate(function, inputs)
+    return lambda inputs: kernels.activate(layer.activation, inputs)
 
 
-# Kind of layer, the method that is replaced, and what makes its replacement (None: not with these settings).
+def _elu(layer: keras.layers.ELU) -> Call:
+    return functools.partial(kernels.activate, _with_setting(keras.activations.elu, "alpha", float(layer.alpha)))
+
+
+def _leaky_relu(layer: keras.layers.LeakyReLU) -> Call:
+    function = _with_setting(keras.activations.leaky_relu, "negative_slope", float(layer.negative_slope))
+    return functools.partial(kernels.activate, function)
+
+
+@functools.lru_cache(maxsize=64)
+def _with_setting(function: Call, name: str, value: float) -> Call:
+    """A function with a setting; the same object for the same setting, so that it is compiled once."""
+    return functools.partial(function, **{name: value})
+
+
+# Kind of layer; the method that is replaced, and others that a subclass may not have changed; what makes the
+# replacement (None: not with these settings).
 _KERNELS = [
-    (keras.layers.BatchNormalization, "call", _batch_normalization),
-    (keras.layers.Conv1D, "call", _causal_convolution),
-    (keras.layers.Conv2D, "call", _convolution),
-    (keras.layers.Conv3D, "call", _convolution),
-    (keras.layers.Conv1DTranspose, "call", _transposed_convolution),
-    (keras.layers.Conv2DTranspose, "call", _transposed_convolution),
-    (keras.layers.Conv3DTranspose, "call", _transposed_convolution),
-    (keras.layers.DepthwiseConv1D, "call", _depthwise_convolution),
-    (keras.layers.DepthwiseConv2D, "call", _depthwise_convolution),
-    (keras.layers.SeparableConv2D, "call", _separable_convolution),
-    (keras.layers.Dense, "call", _dense),
-    (keras.layers.EinsumDense, "call", _einsum_dense),
-    (keras.layers.MultiHeadAttention, "_compute_attention", _attention),
-    (keras.layers.LSTM, "inner_loop", _lstm),
-    (keras.layers.GlobalAveragePooling1D, "call", _masked_average),
+    (keras.layers.BatchNormalization, ("call", "_moments"), _batch_normalization),
+    (keras.layers.Conv1D, ("call",), _causal_convolution),
+    (keras.layers.Conv2D, ("call",), _convolution),
+    (keras.layers.Conv3D, ("call",), _convolution),
+    (keras.layers.Conv1DTranspose, ("call",), _transposed_convolution),
+    (keras.layers.Conv2DTranspose, ("call",), _transposed_convolution),
+    (keras.layers.Conv3DTranspose, ("call",), _transposed_convolution),
+    (keras.layers.DepthwiseConv1D, ("call",), _depthwise_convolution),
+    (keras.layers.DepthwiseConv2D, ("call",), _depthwise_convolution),
+    (keras.layers.SeparableConv2D, ("call",), _separable_convolution),
+    (keras.layers.Dense, ("call",), _dense),
+    (keras.layers.EinsumDense, ("call",), _einsum_dense),
+    (keras.layers.MultiHeadAttention, ("_compute_attention", "_masked_softmax", "_compute_causal_mask"), _attention),
+    (keras.layers.LSTM, ("inner_loop",), _lstm),
+    (keras.layers.GlobalAveragePooling1D, ("call",), _masked_average),
     *(
-        (kind, "call", _rounded)
+        (kind, ("call",), _rounded)
         for name in ("Average", "Max")
         for dimensions in (1, 2, 3)
         for kind in [getattr(keras.layers, f"{name}Pooling{dimensions}D")]
     ),
-    (keras.layers.UpSampling2D, "call", _rounded_in_half),
-    (keras.layers.Activation, "call", _activation),
-    (keras.layers.ELU, "call", _activation),
-    (keras.layers.LeakyReLU, "call", _activation),
+    (keras.layers.UpSampling2D, ("call",), _rounded_in_half),
+    (keras.layers.Activation, ("call",), _activation),
+    (keras.layers.ELU, ("call",), _elu),
+    (keras.layers.LeakyReLU, ("call",), _leaky_relu),
 ]
 # They move numbers, hold no arithmetic that half precision slows, or compute in float32 by themselves.
 _NOTHING_TO_GAIN = (

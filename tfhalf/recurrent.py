@@ -71,8 +71,13 @@ def _flat(x: tf.Tensor) -> tf.Tensor:
 
 
 def _compiled(loop, inputs: tf.Tensor):
-    """A loop as XLA's where the number of steps is known; it would compile it anew for each."""
-    return {_forward: _forward_by_xla, _backward: _backward_by_xla}[loop] if inputs.shape[0] is not None else loop
+    """A loop as XLA's where the number of steps is known, or it would be compiled anew for each.
+
+    Not in eager mode: there a tape around us also records what is in the function, and can't differentiate its lists.
+    """
+    if inputs.shape[0] is None or tf.executing_eagerly():
+        return loop
+    return {_forward: _forward_by_xla, _backward: _backward_by_xla}[loop]
 
 
 def _forward(inputs, state, carry, recurrent_kernel, bias, taken):
