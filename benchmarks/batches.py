@@ -1,4 +1,4 @@
-"""Fresh random batches of the reference networks, and the loss of what a network says of one.
+"""Sizes of the reference networks, fresh random batches of them, and the loss of what a network says of one.
 
 Imports neither Keras nor PyTorch: the process of one library doesn't pay for the other.
 """
@@ -9,6 +9,18 @@ NETWORKS = ("resnet", "encoder", "lstm", "unet", "depthwise")
 CLASSES = 10
 VOCABULARY = 8000
 TOKENS = 128
+UNET_FILTERS = (32, 64, 128, 256)
+# Expansion, filters and stride of each block. The stem has stride 1: pictures of 64 pixels don't need the paper's 2.
+INVERTED_BLOCKS = (
+    (1, 16, 1),
+    (6, 24, 2),
+    (6, 24, 1),
+    (6, 32, 2),
+    (6, 32, 1),
+    (6, 64, 2),
+    (6, 64, 1),
+    (6, 96, 1),
+)
 
 _PICTURES = {"resnet": (32, 64, 64, 3), "unet": (8, 128, 128, 3), "depthwise": (32, 64, 64, 3)}
 _SENTENCES = {"encoder": (16, TOKENS), "lstm": (32, TOKENS)}

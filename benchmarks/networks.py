@@ -14,22 +14,10 @@ inputs come from `benchmarks/batches.py`.
 
 import keras
 
-from benchmarks.batches import CLASSES, TOKENS, VOCABULARY
+from benchmarks.batches import CLASSES, INVERTED_BLOCKS, TOKENS, UNET_FILTERS, VOCABULARY
 
 _WIDTH = 512
 _LSTM_WIDTH = 256
-_UNET_FILTERS = (32, 64, 128, 256)
-# Expansion, filters and stride of each block. The stem has stride 1: pictures of 64 pixels don't need the paper's 2.
-_INVERTED_BLOCKS = (
-    (1, 16, 1),
-    (6, 24, 2),
-    (6, 24, 1),
-    (6, 32, 2),
-    (6, 32, 1),
-    (6, 64, 2),
-    (6, 64, 1),
-    (6, 96, 1),
-)
 
 
 def build_resnet() -> keras.Model:
@@ -80,12 +68,12 @@ def build_unet() -> keras.Model:
     """Pictures float32 `[batch, 128, 128, 3]` to logits float32 `[batch, 128, 128, 10]`, under the global policy."""
     pictures = keras.Input([128, 128, 3])
     x, kept = pictures, []
-    for filters in _UNET_FILTERS[:-1]:
+    for filters in UNET_FILTERS[:-1]:
         x = _conv_norm_twice(x, filters)
         kept.append(x)
         x = keras.layers.MaxPooling2D(2)(x)
-    x = _conv_norm_twice(x, _UNET_FILTERS[-1])
-    for filters in reversed(_UNET_FILTERS[:-1]):
+    x = _conv_norm_twice(x, UNET_FILTERS[-1])
+    for filters in reversed(UNET_FILTERS[:-1]):
         x = keras.layers.Conv2DTranspose(filters, 2, 2)(x)
         x = _conv_norm_twice(keras.layers.Concatenate()([kept.pop(), x]), filters)
     return keras.Model(pictures, keras.layers.Conv2D(CLASSES, 1, dtype="float32")(x))
@@ -101,7 +89,7 @@ def build_depthwise() -> keras.Model:
     """Pictures float32 `[batch, 64, 64, 3]` to logits float32 `[batch, 10]`, under the global policy."""
     pictures = keras.Input([64, 64, 3])
     x = _relu6(_conv_norm(pictures, 32, 3, 1))
-    for expansion, filters, stride in _INVERTED_BLOCKS:
+    for expansion, filters, stride in INVERTED_BLOCKS:
         y = x
         if expansion != 1:
             y = _relu6(_conv_norm(y, expansion * x.shape[-1], 1, 1))

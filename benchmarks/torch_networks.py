@@ -16,20 +16,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.batches import CLASSES, VOCABULARY
+from benchmarks.batches import CLASSES, INVERTED_BLOCKS, UNET_FILTERS, VOCABULARY
 
 _EPSILON = 1e-3
-_UNET_FILTERS = (32, 64, 128, 256)
-_INVERTED_BLOCKS = (
-    (1, 16, 1),
-    (6, 24, 2),
-    (6, 24, 1),
-    (6, 32, 2),
-    (6, 32, 1),
-    (6, 64, 2),
-    (6, 64, 1),
-    (6, 96, 1),
-)
 
 
 class SameConv2d(nn.Conv2d):
@@ -161,14 +150,14 @@ class UNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        channels = (3, *_UNET_FILTERS)
-        levels = range(len(_UNET_FILTERS))
+        channels = (3, *UNET_FILTERS)
+        levels = range(len(UNET_FILTERS))
         self.down = nn.ModuleList([_conv_norm_twice(channels[i], channels[i + 1]) for i in levels])
         self.grow, self.up = nn.ModuleList(), nn.ModuleList()
-        for filters in reversed(_UNET_FILTERS[:-1]):
+        for filters in reversed(UNET_FILTERS[:-1]):
             self.grow.append(nn.ConvTranspose2d(2 * filters, filters, 2, 2))
             self.up.append(_conv_norm_twice(2 * filters, filters))
-        self.head = SameConv2d(_UNET_FILTERS[0], CLASSES, 1, bias=True)
+        self.head = SameConv2d(UNET_FILTERS[0], CLASSES, 1, bias=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns logits float32 `[batch, 10, 128, 128]`."""
@@ -211,7 +200,7 @@ class Depthwise(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(_conv_norm(3, 32, 3, 1), nn.ReLU6())
         blocks, channels = [], 32
-        for expansion, filters, stride in _INVERTED_BLOCKS:
+        for expansion, filters, stride in INVERTED_BLOCKS:
             blocks.append(InvertedBlock(channels, expansion, filters, stride))
             channels = filters
         self.blocks = nn.Sequential(*blocks)

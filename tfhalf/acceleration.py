@@ -256,43 +256,28 @@ def _batch_normalization(layer: keras.layers.BatchNormalization) -> Call | None:
 
 
 def _convolution(layer) -> Call | None:
-    if layer.data_format != "channels_last":
-        return None
     plain = layer.padding == "same" and layer.rank == 2 and layer.groups == 1
-    same = plain and set(layer.strides) | set(layer.dilation_rate) == {1}
-
-    def call(inputs):
-        kernel = tf.convert_to_tensor(layer.kernel)
-        return _finished(layer, kernels.convolution(layer.convolution_op, inputs, kernel, same), _bias(layer))
-
-    return call
+    return _convolved(layer, layer.convolution_op, plain and set(layer.strides) | set(layer.dilation_rate) == {1})
 
 
 def _causal_convolution(layer: keras.layers.Conv1D) -> Call | None:
-    if layer.data_format != "channels_last":
-        return None
     causal = layer.padding == "causal"
-    settings = {
-        "strides": list(layer.strides),
-        "padding": "valid" if causal else layer.padding,
-        "dilation_rate": layer.dilation_rate,
-        "data_format": layer.data_format,
-    }
-    operation = functools.partial(keras.ops.conv, **settings)
+    before = layer.dilation_rate[0] * (layer.kernel_size[0] - 1) if causal else 0
 
-    def call(inputs):
-        if causal:
-            before = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
-            inputs = tf.pad(inputs, [[0, 0], [before, 0], [0, 0]])
-        kernel = tf.convert_to_tensor(layer.kernel)
-        return _finished(layer, kernels.convolution(operation, inputs, kernel), _bias(layer))
+    def operation(x, kernel):
+        return keras.ops.conv(
+            tf.pad(x, [[0, 0], [before, 0], [0, 0]]) if causal else x,
+            kernel,
+            strides=list(layer.strides),
+            padding="valid" if causal else layer.padding,
+            dilation_rate=layer.dilation_rate,
+            data_format=layer.data_format,
+        )
 
-    return call
+    return _convolved(layer, operation)
 
 
 def _transposed_convolution(layer) -> Call | None:
-    if layer.data_format != "channels_last":
-        return None
     operation = functools.partial(
         keras.ops.conv_transpose,
         strides=list(layer.strides),
@@ -301,10 +286,16 @@ def _transposed_convolution(layer) -> Call | None:
         dilation_rate=layer.dilation_rate,
         data_format=layer.data_format,
     )
+    return _convolved(layer, operation)
+
+
+def _convolved(layer, operation: Call, same: bool = False) -> Call | None:
+    if layer.data_format != "channels_last":
+        return None
 
     def call(inputs):
         kernel = tf.convert_to_tensor(layer.kernel)
-        return _finished(layer, kernels.convolution(operation, inputs, kernel), _bias(layer))
+        return _finished(layer, kernels.convolution(operation, inputs, kernel, same), _bias(layer))
 
     return call
 
@@ -319,7 +310,7 @@ def _depthwise(layer, x: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     )
     # Measured, see RESULTS.md: the input gradient of a strided one takes 11 times as long in bfloat16 as in float32.
     strided = set(layer.strides) != {1}
-    return kernels.round_once(operation, precision.HALF_DTYPES if strided else ("float16",))(x, kernel)
+    return kernels.round_once(operation, also_bfloat16=strided)(x, kernel)
 
 
 def _depthwise_convolution(layer) -> Call | None:
@@ -436,33 +427,17 @@ def _lstm(layer: keras.layers.LSTM) -> Call | None:
     return inner_loop
 
 
-def _rounded(layer: keras.Layer) -> Call:
+def _rounded(layer: keras.Layer, also_bfloat16: bool = False) -> Call:
     """Keras' own computation, in float32."""
     own = functools.partial(type(layer).call, layer)
 
-    def call(inputs):
-        return kernels.round_once(own)(inputs)
+    def call(inputs, **mask):
+        return kernels.round_once(functools.partial(own, **mask), also_bfloat16)(inputs)
 
     return call
 
 
-def _rounded_in_half(layer: keras.Layer) -> Call:
-    """Keras' own computation, in float32 for both half dtypes."""
-    own = functools.partial(type(layer).call, layer)
-
-    def call(inputs):
-        return kernels.round_once(own, precision.HALF_DTYPES)(inputs)
-
-    return call
-
-
-def _masked_average(layer: keras.layers.GlobalAveragePooling1D) -> Call:
-    own = functools.partial(type(layer).call, layer)
-
-    def call(inputs, mask=None):
-        return kernels.round_once(functools.partial(own, mask=mask), precision.HALF_DTYPES)(inputs)
-
-    return call
+_rounded_in_half = functools.partial(_rounded, also_bfloat16=True)
 
 
 def _activation(layer: keras.layers.Activation) -> Call | None:
@@ -505,7 +480,7 @@ _KERNELS = [
     (keras.layers.EinsumDense, ("call",), _einsum_dense),
     (keras.layers.MultiHeadAttention, ("_compute_attention", "_masked_softmax", "_compute_causal_mask"), _attention),
     (keras.layers.LSTM, ("inner_loop",), _lstm),
-    (keras.layers.GlobalAveragePooling1D, ("call",), _masked_average),
+    (keras.layers.GlobalAveragePooling1D, ("call",), _rounded_in_half),
     *(
         (kind, ("call",), _rounded)
         for name in ("Average", "Max")

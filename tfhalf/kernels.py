@@ -55,7 +55,7 @@ def _has_accelerator() -> bool:
     return bool(tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"))
 
 
-def round_once(operation: Operation, dtypes: tuple[str, ...] = ("float16",)) -> Operation:
+def round_once(operation: Operation, also_bfloat16: bool = False) -> Operation:
     """Lets an operation compute in float32 on a CPU, and rounds its result and each of its gradients once.
 
     The operands are kept in half for the backward pass and widened again there; what the gradient needs of the forward
@@ -63,11 +63,13 @@ def round_once(operation: Operation, dtypes: tuple[str, ...] = ("float16",)) -> 
 
     Args:
         operation: differentiable function of float tensors to one tensor.
-        dtypes: names of the dtypes that this is done for; tensors of others are handed on as they are.
+        also_bfloat16: whether it is done for bfloat16 too; other tensors than these are handed on as they are.
 
     Returns:
         A function of the same tensors, of which the first one's dtype counts.
     """
+
+    dtypes = HALF_DTYPES if also_bfloat16 else ("float16",)
 
     def rounded(*tensors):
         dtype = tensors[0].dtype
@@ -296,7 +298,7 @@ def activate(function: Operation, x: tf.Tensor, bias: tf.Tensor | None = None) -
     if on_accelerator():
         return function(x if bias is None else add_bias(x, bias))
     if None in x.shape[1:]:  # XLA would compile it anew for each length
-        return round_once(function, HALF_DTYPES)(x if bias is None else add_bias(x, bias))
+        return round_once(function, also_bfloat16=True)(x if bias is None else add_bias(x, bias))
     forward, backward = _fused(function)
 
     @tf.custom_gradient
