@@ -18,7 +18,11 @@ from tfhalf import datasets
 def define_flags(values: flags.FlagValues) -> None:
     """Defines this program's flags."""
     flags.DEFINE_list(
-        "dataset", None, "Data sets, separated by commas: TFDS names, or mnist_5k.", flag_values=values, required=True
+        "dataset",
+        None,
+        "Data sets, separated by commas: TFDS names, or mnist_5k, deepforest, blue_marble, composites.",
+        flag_values=values,
+        required=True,
     )
     flags.DEFINE_string(
         "data_dir", None, "Folder for them. Default: TFDS's, ~/tensorflow_datasets.", flag_values=values

