@@ -24,7 +24,7 @@ def test_tfds_finds_our_builder_by_name(data_dir):
     ("name", "message"),
     [
         ("minst_5k", "unknown data set 'minst_5k'; did you mean .*mnist_5k"),
-        ("zzzzqqqq", "did you mean .*mnist_5k"),
+        ("zzzzqqqq", "did you mean blue_marble, composites, deepforest, mnist_5k"),
         ("mnist_5k/large", "mnist_5k/large"),
         ("", "data set ''"),
     ],

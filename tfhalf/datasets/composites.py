@@ -9,7 +9,7 @@ drawings and toys, stamps of fewer than 64 colours (drawings again, grey ones), 
 in 13 classes, which are the package's folders: a lobster is in `fish`, a slug in `insect`. Of 61 backgrounds
 the 53 photographed ones are used.
 
-Splits: of each class' stamps, and of the backgrounds, at least a fifth tests, about a tenth validates, the rest trains;
+Splits: of each class' stamps, and of the backgrounds, about a fifth tests, about a tenth validates, the rest trains;
 a stamp or a background is in one split only. Names that begin with the same word (gnu-baby, gnu-sitting;
 train-tracks1, train-tracks2) may show one thing twice and stay together. Which word goes where is decided by the
 word's sha256.

