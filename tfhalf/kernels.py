@@ -6,7 +6,8 @@ and activations are a dozen operations each. So on a CPU
 
 * float16 operands are widened to float32, the float32 operation runs, and its result is rounded to float16: forward,
   and backward, where the operands are widened again instead of having been kept;
-* bfloat16 products run natively (oneDNN accumulates them in float32), and sums run in float32;
+* bfloat16 products run natively where the CPU has instructions for them (oneDNN accumulates them in float32), are
+  widened like float16 where it doesn't, and sums run in float32;
 * elementwise functions run as one loop, which XLA makes of them, and keep nothing but their inputs.
 
 With a GPU or TPU (`on_accelerator`) every function here is the native operation, without a cast added.
@@ -55,6 +56,31 @@ def _has_accelerator() -> bool:
     return bool(tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"))
 
 
+def is_widened(dtype: tf.DType) -> bool:
+    """Returns whether this machine computes products of a dtype in float32, as the fastest way that is faithful."""
+    return not on_accelerator() and (dtype == tf.float16 or (dtype == tf.bfloat16 and not _has_bfloat16()))
+
+
+@functools.cache
+def _has_bfloat16() -> bool:
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            return knows_bfloat16(file.read())
+    except OSError:  # not Linux: float32 is right everywhere
+        return False
+
+
+def knows_bfloat16(cpuinfo: str) -> bool:
+    """Returns whether a CPU, told as Linux' /proc/cpuinfo, multiplies bfloat16 (x86: AVX-512 BF16 or AMX; Arm: BF16).
+
+    Without those instructions oneDNN's bfloat16 convolutions are slower than float32's: measured with AVX2, see
+    RESULTS.md, "A step of both".
+    """
+    lines = [line for line in cpuinfo.lower().splitlines() if line.startswith(("flags", "features"))]
+    flags = {flag for line in lines for flag in line.split()}
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
 def round_once(operation: Operation, also_bfloat16: bool = False) -> Operation:
     """Lets an operation compute in float32 on a CPU, and rounds its result and each of its gradients once.
 
@@ -63,17 +89,16 @@ def round_once(operation: Operation, also_bfloat16: bool = False) -> Operation:
 
     Args:
         operation: differentiable function of float tensors to one tensor.
-        also_bfloat16: whether it is done for bfloat16 too; other tensors than these are handed on as they are.
+        also_bfloat16: whether it is done for bfloat16 where the CPU computes with that, too; other tensors than half
+            ones are handed on as they are.
 
     Returns:
         A function of the same tensors, of which the first one's dtype counts.
     """
 
-    dtypes = HALF_DTYPES if also_bfloat16 else ("float16",)
-
     def rounded(*tensors):
         dtype = tensors[0].dtype
-        if dtype.name not in dtypes or on_accelerator():
+        if not is_widened(dtype) and not (also_bfloat16 and dtype == tf.bfloat16 and not on_accelerator()):
             return operation(*tensors)
 
         @tf.custom_gradient
@@ -109,7 +134,7 @@ def convolution(operation: Operation, x: tf.Tensor, kernel: tf.Tensor, same: boo
         kernel: as the operation wants it.
         same: whether it is a plain 2-D convolution with stride and dilation 1 that keeps height and width.
     """
-    small = same and x.dtype == tf.bfloat16 and not on_accelerator()
+    small = same and x.dtype == tf.bfloat16 and not is_widened(x.dtype) and not on_accelerator()
     if not small or None in x.shape[1:3] or math.prod(x.shape[1:3]) > _SMALL_MAP:
         return round_once(operation)(x, kernel)
 
@@ -199,7 +224,7 @@ def batch_normalization(x, scale, offset, epsilon: float, mean=None, variance=No
     own = mean is None
     shape, channels = tf.shape(x), x.shape[-1]
     images = x if x.shape.rank == 4 else tf.reshape(x, [1, 1, -1, channels] if own else [-1, 1, 1, channels])
-    widen = at_least_float32 if x.dtype == tf.float16 and not on_accelerator() else tf.identity
+    widen = at_least_float32 if is_widened(x.dtype) else tf.identity
     given = {"mean": tf.zeros([0]), "variance": tf.zeros([0])} if own else {"mean": mean, "variance": variance}
 
     @tf.custom_gradient
