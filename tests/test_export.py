@@ -141,6 +141,51 @@ def test_guard_agrees_with_numpy(value):
     assert bool(export._why_keep(value, "float16")) == keep
 
 
+def test_a_decision_is_served_and_its_numbers_are_compared(tmp_path):
+    # Both classes are equal but for a rounding: what is largest differs between dtypes, and that must not stop it.
+    model = dense(np.array([[1.0, 1 + 2.0**-12], [1, 1]], "float32"))
+    inputs = np.ones([3, 2], "float32")
+
+    def decide(raw):
+        return {"largest": tf.argmax(raw["dense"], axis=-1, output_type=tf.int32), "values": raw["dense"]}
+
+    serve, signature = export._serve_model(model)
+    manifest = tfhalf.export_saved_model(
+        model, tmp_path / "1", inputs=inputs, serve=serve, input_signature=signature, decide=decide
+    )
+    names = ("serving_default", "serving_float32")
+    assert manifest.signatures.keys() == {*names, *(f"{name}_raw" for name in names)}
+    expected = np.argmax(inputs @ model.get_weights()[0], axis=-1)
+    for name in names:
+        decided, raw = manifest.signatures[name], manifest.signatures[f"{name}_raw"]
+        assert decided["tolerance"] is None
+        assert decided["max_error"]["largest"] == 1  # float16 can't hold the difference
+        assert raw["tolerance"] == export.TOLERANCES["float16"]
+        assert raw["outputs"].keys() == {"dense"}
+        outputs = tfhalf.load_saved_model(tmp_path / "1", name)(inputs)
+        assert outputs.keys() == {"largest", "values"}
+        assert outputs["largest"].dtype == np.int32
+        assert np.all(expected == 1)
+        assert not np.any(outputs["largest"])
+    assert tfhalf.verify(tmp_path / "1") == manifest
+
+
+def test_a_decision_that_is_not_finite_or_whose_numbers_differ_is_refused(tmp_path):
+    model, inputs = dense(np.array([[1.0, 1 + 2.0**-11 * 1.5], [1, 1]], "float32")), np.ones([1, 2], "float32")
+    serve, signature = export._serve_model(model)
+
+    def refused(message, decide, **arguments):
+        with pytest.raises(tfhalf.ExportError, match=message):
+            tfhalf.export_saved_model(
+                model, tmp_path / "1", inputs=inputs, serve=serve, input_signature=signature, decide=decide, **arguments
+            )
+        assert not list(tmp_path.iterdir())
+
+    refused("serving_default: bad has a non-finite value", lambda raw: {"bad": raw["dense"] / 0})
+    refused("serving_default_raw: dense differs", lambda raw: {"one": tf.ones([1])}, tolerance=1e-6)
+    refused("output half is float16", lambda raw: {"half": tf.cast(raw["dense"], tf.float16)})
+
+
 def test_nothing_is_published_when(tmp_path):
     base, small = tmp_path / "model", dense(np.ones([2, 3], "float32"))
 
@@ -167,6 +212,7 @@ def test_nothing_is_published_when(tmp_path):
     table = tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(["a"], [1.0]), 0.0)
     refused("isn't a weight of the model", inputs={"x": np.array(["a"])}, serve=lambda x: {"y": table.lookup(x)},
             input_signature={"x": tf.TensorSpec([None], tf.string)})  # fmt: skip
+    refused("tolerance is a share of the largest output, 0 to below 1; got 1", tolerance=1)
     refused("metadata must hold JSON values", metadata={"accuracy": np.float32(1)})
 
     def lost(stage):

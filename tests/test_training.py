@@ -67,11 +67,38 @@ def test_leaves_the_best_weights_and_a_record(model, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoints", "best.npz", "metrics.json", "tensorboard"}
 
 
+def test_weights_of_an_epoch_can_be_looked_at_again(model, tmp_path, build_convnet):
+    seen = []
+    fit(model, tmp_path, keep=10, show=lambda model: seen.append(model.get_weights()) or {})
+    paths = sorted((tmp_path / "checkpoints").glob("*.npz"))
+    assert len(seen) == len(paths) == 3
+    other = compiled(build_convnet())
+    for path, expected in zip(paths, seen, strict=True):
+        training.load_weights(other, path)
+        for ours, theirs in zip(other.get_weights(), expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(training.TrainingError, match=r"another precision plan .*conv"):
+        training.load_weights(compiled(build_convnet("float32")), paths[0])
+    paths[0].write_bytes(paths[0].read_bytes()[:-100])
+    with pytest.raises(training.TrainingError, match="is damaged"):
+        training.load_weights(other, paths[0])
+
+
 def test_epochs_differ_and_repeat(tmp_path, build_convnet):
     first, second = (fit(compiled(build_convnet()), tmp_path / name).history for name in "ab")
     strip = lambda history: [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in history]  # noqa: E731
     assert strip(first) == strip(second)
     assert first[0]["loss"] != first[1]["loss"]
+
+
+def test_without_a_monitor_the_last_epoch_is_taken(model, tmp_path):
+    seen = []
+    progress = fit(model, tmp_path, monitor=None, show=lambda model: seen.append(model.get_weights()) or {})
+    assert (progress.best_epoch, progress.best) == (3, None)
+    with np.load(tmp_path / "best.npz") as file:
+        for ours, kept, last in zip(model.get_weights(), file.values(), seen[-1], strict=True):
+            np.testing.assert_array_equal(ours, last)
+            np.testing.assert_array_equal(kept, last)
 
 
 def test_monitor_of_accuracy_is_best_when_highest(model, tmp_path):

@@ -28,6 +28,9 @@ _MANIFEST = f"{EXTRA}/manifest.json"
 INPUTS = f"{EXTRA}/sample_inputs.npz"
 OUTPUTS = f"{EXTRA}/sample_outputs.npz"
 
+# Ends the name of a signature that gives what a decision (the largest class, the boxes that stay) was made from.
+RAW = "_raw"
+
 _SAVER_OPS = {"SaveV2", "RestoreV2", "MergeV2Checkpoints", "ShardedFilename"}
 _FORBIDDEN_OPS = {
     "PyFunc": "needs this Python process",
@@ -66,7 +69,8 @@ class Manifest:
         storage_dtype: dtype of the stored weights.
         kept: variable to the reason why it stayed in its own dtype.
         signatures: name to {"inputs", "outputs", "compute_dtypes", "tolerance", "max_error"}; inputs and outputs map
-            names to {"dtype", "shape"}; max_error maps outputs to the largest difference seen.
+            names to {"dtype", "shape"}; max_error maps outputs to the largest difference seen; tolerance is None
+            where a decision is served, whose numbers are compared in `<name>_raw`.
         sizes: bytes of "variables", "graph" and "total".
         fingerprint: hash of the signatures as TensorFlow computes it: equal for every storage dtype.
         files: path to {"bytes", "sha256"}, of every file but the manifest.
@@ -118,7 +122,7 @@ def verify(directory: str | os.PathLike) -> Manifest:
     check_operations(directory)
     errors = replay(directory)
     for name, signature in manifest.signatures.items():
-        check_errors(name, errors.get(name, {}), signature["max_error"].keys(), signature["tolerance"])
+        check_errors(name, errors.get(name, {}), signature["outputs"].keys(), signature["tolerance"])
     return manifest
 
 
@@ -129,10 +133,10 @@ def load_saved_model(
 
     Args:
         directory: the version folder.
-        signature: "serving_default", "serving_float32" or "serving_bfloat16".
+        signature: "serving_default", "serving_float32" or "serving_bfloat16", or one of them with `_raw`.
 
     Returns:
-        A function from inputs (arrays by name, or one array) to float32 arrays by name.
+        A function from inputs (arrays by name, or one array) to arrays by name: float32, or what was decided.
 
     Raises:
         ExportError: a file was changed, is missing or is new; there is no such signature.
@@ -209,25 +213,32 @@ def replay(directory: Path) -> dict[str, dict[str, float]]:
 
 
 def _difference(seen: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference as a share of the largest expected value (at least 1); infinite for a wrong shape or a NaN."""
+    """Largest difference as a share of the largest expected value (at least 1).
+
+    Infinite for a wrong shape or dtype, or a NaN; 1 where whole numbers or strings differ.
+    """
     if seen.shape != expected.shape or seen.dtype != expected.dtype:
         return float("inf")
     if seen.dtype.kind != "f":
-        return 0.0 if np.array_equal(seen, expected) else float("inf")
+        return 0.0 if np.array_equal(seen, expected) else 1.0
     if not np.all(np.isfinite(seen)) or not np.all(np.isfinite(expected)):
         return float("inf")
     return float(np.max(np.abs(seen - expected), initial=0.0) / max(1.0, np.max(np.abs(expected), initial=0.0)))
 
 
-def check_errors(signature: str, errors: dict[str, float], outputs, tolerance: float) -> None:
-    """Raises unless every output differs from the training model's by no more than the tolerance."""
+def check_errors(signature: str, errors: dict[str, float], outputs, tolerance: float | None) -> None:
+    """Raises unless every output differs from the training model's by no more than the tolerance; None: any number."""
     for name in outputs:
         error = errors.get(name, float("inf"))
-        if not error <= tolerance:
+        if tolerance is None and not error < float("inf"):
+            raise ExportError(
+                f"{signature}: {name} has a non-finite value, or another shape or dtype than from the training model"
+            )
+        if tolerance is not None and not error <= tolerance:
             raise ExportError(
                 f"{signature}: {name} differs from the training model by {error:.3g}, more than the tolerance "
-                f"{tolerance:g} (inf: another shape, dtype, or a non-finite value). Keep the layers "
-                "that overflow in float32 with a PrecisionPlan, or store in float32"
+                f"{tolerance:g} (inf: another shape or dtype, or a non-finite value; 1: other whole numbers or strings)"
+                ". Keep the layers that overflow in float32 with a PrecisionPlan, or store in float32"
             )
 
 

@@ -78,9 +78,9 @@ class Checkpoints:
         damaged = ""
         for path in reversed(self.paths()):
             try:
-                arrays, about = _read(path)
-            except Exception as error:  # a changed byte lets numpy and zipfile raise nearly anything
-                damaged = f"{path} is damaged ({error})"
+                arrays, about = read(path)
+            except CheckpointError as error:
+                damaged = str(error)
                 self._report(f"warning: {damaged}; the checkpoint before it is used")
                 if self._is_writer:
                     with contextlib.suppress(OSError):
@@ -92,18 +92,28 @@ class Checkpoints:
         return None
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    with open(path, "rb") as opened:
-        damaged = zipfile.ZipFile(opened).testzip()  # numpy doesn't read to an array's end, where its checksum is seen
-        if damaged:
-            raise ValueError(f"{damaged} has another checksum")
-        opened.seek(0)
-        with np.load(opened, allow_pickle=False) as file:
-            arrays = dict(file)
-    text = json.loads(str(arrays.pop("text")))
-    if list(arrays) != text["arrays"]:  # a zip file's list of contents has no checksum
-        raise ValueError("it doesn't hold what it should")
-    return arrays, text["about"]
+def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Returns one state's arrays and JSON.
+
+    Raises:
+        CheckpointError: it isn't there, or is damaged.
+    """
+    try:
+        with open(path, "rb") as opened:
+            damaged = zipfile.ZipFile(opened).testzip()  # numpy doesn't read to an array's end, where its checksum is
+            if damaged:
+                raise ValueError(f"{damaged} has another checksum")
+            opened.seek(0)
+            with np.load(opened, allow_pickle=False) as file:
+                arrays = dict(file)
+        text = json.loads(str(arrays.pop("text")))
+        if list(arrays) != text["arrays"]:  # a zip file's list of contents has no checksum
+            raise ValueError("it doesn't hold what it should")
+        return arrays, text["about"]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} doesn't exist") from error
+    except Exception as error:  # a changed byte lets numpy and zipfile raise nearly anything
+        raise CheckpointError(f"{path} is damaged ({error})") from error
 
 
 def describe(model: keras.Model) -> dict[str, Any]:

@@ -58,6 +58,7 @@ def export_saved_model(
     storage_dtype: str = "float16",
     tolerance: float | None = None,
     metadata: dict | Callable[[Path], dict] | None = None,
+    decide: Callable[[dict[str, tf.Tensor]], Mapping[str, tf.Tensor]] | None = None,
 ) -> bundle.Manifest:
     """Writes a verified SavedModel; publishes it in one rename, or not at all.
 
@@ -73,6 +74,10 @@ def export_saved_model(
             signature. Default: `TOLERANCES`.
         metadata: JSON values for the manifest, or a function that gets the finished, not yet published folder and
             returns them; what it raises stops the publication.
+        decide: the step after the last number, from `serve`'s outputs to what clients get: a choice that a rounding may
+            turn, as the largest class or the boxes that stay (in a fixed number of rows). Each signature gets it, and a
+            twin without it, `<name>_raw`. The twin is compared with the training model; of what is decided only names,
+            shapes, dtypes and that it is finite can be held to that, so judge it by its metric, in `metadata`.
 
     Returns:
         The bundle's `Manifest`.
@@ -94,6 +99,8 @@ def export_saved_model(
     directory = Path(directory)
     if storage_dtype not in TOLERANCES:
         raise bundle.ExportError(f"storage_dtype must be one of {', '.join(TOLERANCES)}, got {storage_dtype!r}")
+    if tolerance is not None and not 0 <= tolerance < 1:
+        raise bundle.ExportError(f"tolerance is a share of the largest output, 0 to below 1; got {tolerance}")
     if serve is None:
         serve, default_signature = _serve_model(model)
         input_signature = input_signature or default_signature
@@ -106,7 +113,7 @@ def export_saved_model(
         raise bundle.ExportError(f"{directory} exists; choose another version")
     try:
         with _staging(directory) as stage:
-            manifest = _write(model, stage, samples, serve, input_signature, storage_dtype, tolerance, metadata)
+            manifest = _write(model, stage, samples, serve, decide, input_signature, storage_dtype, tolerance, metadata)
             _publish(stage, directory)
     except (OSError, tf.errors.OpError) as error:
         raise bundle.ExportError(
@@ -115,7 +122,9 @@ def export_saved_model(
     return manifest
 
 
-def _write(model, stage: Path, samples, serve, input_signature, storage_dtype, tolerance, metadata) -> bundle.Manifest:
+def _write(
+    model, stage: Path, samples, serve, decide, input_signature, storage_dtype, tolerance, metadata
+) -> bundle.Manifest:
     """Fills the staging folder and verifies what it wrote."""
     variables, kept = _half_variables(model, storage_dtype)
     module = tf.Module()
@@ -123,11 +132,15 @@ def _write(model, stage: Path, samples, serve, input_signature, storage_dtype, t
     functions, expected, computes = {}, {}, {}
     for name, scope in _signature_scopes(model).items():
         with scope, precision.without_kernels(model):  # what a laptop exports runs natively on a GPU
-            computes[name] = sorted(precision.compute_dtypes(model))
-            functions[name] = _trace(serve, input_signature, variables)
-            # The same trace over the model's own float32 variables is what the artefact is compared with.
-            outputs = _trace(serve, input_signature, [])(**{key: tf.constant(value) for key, value in samples.items()})
-            expected |= {f"{name}/{key}": bundle.bytes_not_objects(tensor.numpy()) for key, tensor in outputs.items()}
+            for signature, function in _served(name, serve, decide).items():
+                computes[signature] = sorted(precision.compute_dtypes(model))
+                functions[signature] = _trace(function, input_signature, variables)
+                # The same trace over the model's own float32 variables is what the artefact is compared with.
+                own = _trace(function, input_signature, [])
+                outputs = own(**{key: tf.constant(value) for key, value in samples.items()})
+                expected |= {
+                    f"{signature}/{key}": bundle.bytes_not_objects(tensor.numpy()) for key, tensor in outputs.items()
+                }
     try:
         tf.saved_model.save(module, str(stage), signatures=functions)
     except AssertionError as error:  # TensorFlow's way to say that a table or a variable isn't the module's
@@ -144,6 +157,8 @@ def _write(model, stage: Path, samples, serve, input_signature, storage_dtype, t
     signatures = {}
     for name, function in functions.items():
         allowed = _tolerance(computes[name], storage_dtype) if tolerance is None else tolerance
+        if name + bundle.RAW in functions:
+            allowed = None
         outputs = dict(function.structured_outputs)
         bundle.check_errors(name, errors.get(name, {}), outputs.keys(), allowed)
         signatures[name] = {
@@ -234,6 +249,13 @@ def _signature_scopes(model: keras.Model) -> dict[str, contextlib.AbstractContex
     if precision.compute_dtypes(model) & set(precision.HALF_DTYPES):
         scopes["serving_bfloat16"] = precision.computing_in(model, "bfloat16")
     return scopes
+
+
+def _served(name: str, serve, decide) -> dict[str, Callable]:
+    """The functions behind one signature's name: with its decisions, and without."""
+    if decide is None:
+        return {name: serve}
+    return {name: lambda **inputs: decide(serve(**inputs)), name + bundle.RAW: serve}
 
 
 def _trace(serve, input_signature, variables):

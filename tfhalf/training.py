@@ -33,7 +33,16 @@ from tfhalf import checkpoint, distribution, reporting
 from tfhalf.compilation import compile_model, spread_random_states
 from tfhalf.optimizer import REMEDY, LossScaleOptimizer, parts
 
-__all__ = ["InterruptedRun", "Progress", "StopWhenStalled", "TrainingError", "compile_model", "fit", "write_results"]
+__all__ = [
+    "InterruptedRun",
+    "Progress",
+    "StopWhenStalled",
+    "TrainingError",
+    "compile_model",
+    "fit",
+    "load_weights",
+    "write_results",
+]
 
 # Workers ask each other about stopping and saving this often: a network round trip each.
 _AGREE_EVERY_STEPS = 10
@@ -76,7 +85,7 @@ def fit(
     workdir: str | os.PathLike,
     epochs: int,
     steps_per_epoch: int,
-    monitor: str,
+    monitor: str | None,
     config: dict[str, Any],
     keep: int = 2,
     checkpoint_seconds: float = 300.0,
@@ -94,7 +103,7 @@ def fit(
         epochs: number of epochs in all.
         steps_per_epoch: batches of one epoch.
         monitor: the metric of validation that is best when highest, as "val_accuracy"; best when lowest where it
-            ends in "loss".
+            ends in "loss". None: the last epoch is taken, where validation is too small to choose by.
         config: plain JSON values that make this run what it is. A folder with another config is refused.
         keep: checkpoints that stay, at least 1.
         checkpoint_seconds: time between checkpoints within an epoch; there is one after each epoch anyway.
@@ -153,6 +162,30 @@ def fit(
             return progress
     except checkpoint.CheckpointError as error:
         raise TrainingError(str(error)) from error
+
+
+def load_weights(model: keras.Model, path: str | os.PathLike) -> None:
+    """Puts a checkpoint's weights, as they were at that step, into a model; nothing else of its run.
+
+    Args:
+        model: compiled as the run's was.
+        path: a file in a run's `checkpoints/`.
+
+    Raises:
+        TrainingError: the file is damaged, isn't there, or is of another model.
+    """
+    try:
+        arrays, about = checkpoint.read(Path(path))
+        checkpoint.require_same(Path(path), about, about | {"model": checkpoint.describe(model)})
+    except checkpoint.CheckpointError as error:
+        raise TrainingError(str(error)) from error
+    values = [array for name, array in arrays.items() if not name.startswith(_BEST)]
+    weights = {id(weight) for weight in model.weights}
+    pairs = [pair for pair in zip(_state(model).values(), values, strict=False) if id(pair[0]) in weights]
+    if len(pairs) != len(weights) or any(tuple(variable.shape) != value.shape for variable, value in pairs):
+        raise TrainingError(f"{path} holds another model's variables; build the model as the run did")
+    for variable, value in pairs:
+        variable.assign(value)
 
 
 def write_results(
@@ -339,10 +372,10 @@ class _Run:
 class _Saver(keras.callbacks.Callback):
     """Saves after each epoch and by the clock within one, and leaves `fit` between two batches when asked to stop."""
 
-    def __init__(self, run: _Run, monitor: str, watch: _Watch, stop: threading.Event, seconds: float):
+    def __init__(self, run: _Run, monitor: str | None, watch: _Watch, stop: threading.Event, seconds: float):
         super().__init__()
         self._run, self._monitor, self._watch, self._stop, self._seconds = run, monitor, watch, stop, seconds
-        self._sign = -1.0 if monitor.endswith("loss") else 1.0
+        self._sign = -1.0 if monitor and monitor.endswith("loss") else 1.0
         self._first = run.progress.step
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -367,11 +400,11 @@ class _Saver(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         logs = reporting.floats(logs)
-        if self._monitor not in logs:
+        if self._monitor is not None and self._monitor not in logs:
             raise TrainingError(f"monitor {self._monitor!r} isn't among the metrics: {', '.join(logs)}")
         progress = self._run.progress
-        value = logs[self._monitor]
-        if np.isfinite(value) and (progress.best is None or self._sign * value > self._sign * progress.best):
+        value = None if self._monitor is None else logs[self._monitor]
+        if value is None or (np.isfinite(value) and self._is_best(value)):
             progress.best, progress.best_epoch = value, epoch + 1
             self._run.note_best()
         seconds = round(time.monotonic() - self._start, 3)
@@ -382,6 +415,10 @@ class _Saver(keras.callbacks.Callback):
         self._run.save()
         if self._run.workers.any(self._stop.is_set())[0]:
             raise InterruptedRun(_INTERRUPTED)
+
+    def _is_best(self, value: float) -> bool:
+        best = self._run.progress.best
+        return best is None or self._sign * value > self._sign * best
 
 
 @contextlib.contextmanager
