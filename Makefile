@@ -16,7 +16,7 @@ test: $(INSTALLED)
 	$(RUN) -m pytest
 
 data: $(INSTALLED)
-	$(RUN) -m apps.data --dataset=mnist_5k,fashion_mnist
+	$(RUN) -m apps.data --dataset=mnist_5k,fashion_mnist,deepforest,blue_marble,composites
 
 # The short form of what RESULTS.md shows; 30 rounds or more are for claims.
 bench: $(INSTALLED)

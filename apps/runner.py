@@ -30,7 +30,8 @@ import tfhalf
 from tfhalf import datasets, distribution, precision, training
 
 POLICIES = ("mixed_float16", "mixed_bfloat16", "float32", "auto")
-_NUM_SAMPLES = 16
+_NUM_SAMPLES, _SAMPLE_BYTES = 16, 2**22
+_WARMUP_SHARE = 0.05
 # Where things lie, how often they are saved and on how many devices doesn't change what a run is; the plan is compared
 # by content.
 _PATH_FLAGS = {"data_dir", "workdir", "saved_model_dir", "saved_model_name", "saved_model_version", "precision_plan"}
@@ -53,6 +54,7 @@ class Data:
         validation: batches of (inputs, targets) that epochs are compared on.
         test: batches of (named inputs of `serve`, labels).
         about: facts that build_model, serve and predict need, as class names; JSON values, written into the manifest.
+        shown: what a task's `show` draws, where that isn't the first validation batch.
     """
 
     train: Callable[[int], tf.data.Dataset]
@@ -60,6 +62,7 @@ class Data:
     validation: tf.data.Dataset
     test: tf.data.Dataset
     about: dict[str, Any]
+    shown: tf.data.Dataset | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +78,14 @@ class Task:
         build_optimizer: options, number of steps in all -> Keras optimizer.
         build_loss: options -> Keras loss.
         build_metrics: () -> Keras metrics for training.
-        monitor: the metric of validation that tells the best epoch, as "val_loss".
+        monitor: the metric of validation that tells the best epoch, as "val_loss"; None: the last epoch is taken.
         serve: model, data -> (function of named inputs, its input signature).
-        score: served function, data -> metrics over the test part; "total" is its number of examples.
+        decide: data -> function of what `serve` returns that gives what clients get: the step after the last number,
+            where a rounding may change sides, as suppressing boxes; None where there is none.
+        score: served function, data -> metrics over the test part; "total" is the number of what is right or wrong:
+            pictures, objects, pixels.
         metric: the one of them that decides.
-        margin: largest difference of that metric between the trained model and its artefact; one example at least.
+        margin: largest difference of that metric between the trained model and its artefact; 1 / total at least.
         describe: metrics -> the line that reports them.
         show: model, data -> PNG pictures by tag, after each epoch.
         conclude: served function, data, folder -> PNG pictures by tag at the end; writes examples for apps/predict.py.
@@ -93,7 +99,7 @@ class Task:
     build_optimizer: Callable[[types.SimpleNamespace, int], keras.optimizers.Optimizer]
     build_loss: Callable[[types.SimpleNamespace], keras.losses.Loss]
     build_metrics: Callable[[], list[keras.metrics.Metric]]
-    monitor: str
+    monitor: str | None
     serve: Callable[[keras.Model, Data], tuple[Call, dict[str, tf.TensorSpec]]]
     score: Callable[[Call, Data], dict[str, float]]
     metric: str
@@ -101,6 +107,7 @@ class Task:
     describe: Callable[[dict[str, float]], str]
     show: Callable[[keras.Model, Data], dict[str, bytes]]
     conclude: Callable[[Call, Data, Path], dict[str, bytes]]
+    decide: Callable[[Data], Callable[[dict[str, tf.Tensor]], dict[str, tf.Tensor]]] | None = None
 
 
 def main(task: Task) -> None:
@@ -229,7 +236,7 @@ def run(task: Task, options: types.SimpleNamespace) -> tfhalf.Manifest | None:
     data = _load(task, options, workers)
     with strategy.scope():
         model = build(task, options, data)
-    measured = tfhalf.coverage(model)
+    measured = tfhalf.coverage(model, inputs=next(iter(data.train(0)))[0])  # a model's shapes may be open
     if workers.is_chief:
         _version_folder(options, name)  # to be told now, not after hours of training
         _introduce(task, options, model, measured, workers)
@@ -292,10 +299,11 @@ def _conclude(task, options, name, config, workdir, data, trained, measured, pro
         model = build(task, options, data)
         model.set_weights(trained.get_weights())
     serve, signature = task.serve(model, data)
-    scores = {"trained": task.score(tf.function(serve, autograph=False), data)}
+    answer = answering(task, model, data)
+    scores = {"trained": task.score(answer, data)}
     if measured.multiply_adds_in_half:
         with precision.computing_in(model, "float32"):
-            scores["trained, in float32"] = task.score(tf.function(serve, autograph=False), data)
+            scores["trained, in float32"] = task.score(answering(task, model, data), data)
     say("exporting, and verifying in a fresh process")
     bundle = _version_folder(options, name)  # again: another run may have published meanwhile
     manifest = tfhalf.export_saved_model(
@@ -304,12 +312,21 @@ def _conclude(task, options, name, config, workdir, data, trained, measured, pro
         inputs=_samples(data),
         serve=serve,
         input_signature=signature,
+        decide=task.decide and task.decide(data),
         metadata=lambda stage: _metadata(task, options, config, data, progress, scores, stage),
     )
     say(f"published {bundle}")
-    _record(task, workdir, config, progress, scores, serve, bundle, data)
+    _record(task, workdir, config, progress, scores, answer, bundle, data)
     say(_summary(task, workdir, bundle, manifest, measured, progress, data, trained))
     return manifest
+
+
+def answering(task: Task, model: keras.Model, data: Data) -> Call:
+    """Returns what clients get of the model, as a function that is traced when it is first called."""
+    serve, _ = task.serve(model, data)
+    decide = task.decide(data) if task.decide else lambda raw: raw
+    # Pictures of a hundred sizes shall not be a hundred graphs.
+    return tf.function(lambda **inputs: decide(serve(**inputs)), autograph=False, reduce_retracing=True)
 
 
 def build(task: Task, options: types.SimpleNamespace, data: Data) -> keras.Model:
@@ -344,6 +361,20 @@ def build(task: Task, options: types.SimpleNamespace, data: Data) -> keras.Model
     if options.jit_compile and not model.jit_compile:
         raise AppError("--jit_compile: XLA can't compile a layer of this model, as random augmentation; leave it out")
     return model
+
+
+def adamw(learning_rate: float, num_steps: int, weight_decay: float) -> keras.optimizers.Optimizer:
+    """AdamW; its rate rises in a line over 5% of the steps, then falls along a cosine to 0."""
+    warmup = max(1, round(_WARMUP_SHARE * num_steps))
+    schedule = keras.optimizers.schedules.CosineDecay(
+        learning_rate / warmup,  # not 0, or the first step would do nothing
+        decay_steps=max(1, num_steps - warmup),
+        warmup_target=learning_rate,
+        warmup_steps=warmup,
+    )
+    optimizer = keras.optimizers.AdamW(schedule, weight_decay=weight_decay)
+    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    return optimizer
 
 
 def describe_dataset(options: types.SimpleNamespace) -> tfds.core.DatasetBuilder:
@@ -394,9 +425,16 @@ def _default_workdir(name: str, options: types.SimpleNamespace, config: dict[str
 
 
 def _samples(data: Data) -> dict[str, np.ndarray]:
-    """The first test examples: no training and no choice of epoch has seen them."""
-    inputs, _ = next(iter(data.test.unbatch().batch(_NUM_SAMPLES)))
-    return {name: tensor.numpy() for name, tensor in inputs.items()}
+    """The first test examples of one shape, as many as fit: no training and no choice of epoch has seen them."""
+    rows: list[dict[str, np.ndarray]] = []
+    for inputs, _ in data.test.unbatch().take(_NUM_SAMPLES):
+        row = {name: tensor.numpy() for name, tensor in inputs.items()}
+        size = sum(array.nbytes for array in row.values())
+        alike = all(row[name].shape == array.shape for name, array in rows[0].items()) if rows else True
+        if rows and (not alike or (len(rows) + 1) * size > _SAMPLE_BYTES):
+            break
+        rows.append(row)
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _metadata(task: Task, options, config, data: Data, progress, scores, stage: Path) -> dict[str, Any]:
@@ -426,13 +464,13 @@ def _metadata(task: Task, options, config, data: Data, progress, scores, stage: 
     }
 
 
-def _record(task: Task, workdir: Path, config, progress, scores, serve, bundle: Path, data: Data) -> None:
+def _record(task: Task, workdir: Path, config, progress, scores, answer, bundle: Path, data: Data) -> None:
     """Adds the test's result to metrics.json and TensorBoard."""
     step = progress.epoch * data.steps_per_epoch
     try:
         examples = workdir / "examples"
         examples.mkdir(exist_ok=True)
-        pictures = task.conclude(tf.function(serve, autograph=False), data, examples)
+        pictures = task.conclude(answer, data, examples)
         results = {"scores": scores, "bundle": str(bundle)}
         training.write_results(workdir, progress, config, results, pictures, step)
     except OSError as error:  # the bundle is out; a full disk doesn't take it back
@@ -446,11 +484,13 @@ def _summary(task: Task, workdir: Path, bundle: Path, manifest, measured, progre
         "",
         task.describe(metrics["trained"]),
         "",
-        f"  {'computed by':34} " + " ".join(f"{k:>10}" for k in metrics["trained"]),
+        f"  {'computed by':34} " + " ".join(f"{name:>10}" for name in metrics["trained"]),
     ]
     computed = {"trained": "the trained model", "trained, in float32": "the same weights in float32"}
     for key, score in metrics.items():
-        values = " ".join(f"{value:10.4f}" if isinstance(value, float) else f"{value:10}" for value in score.values())
+        values = " ".join(
+            f"{value:{max(10, len(name))}{'.4f' if isinstance(value, float) else ''}}" for name, value in score.items()
+        )
         lines.append(f"  {computed.get(key, 'the artefact, ' + key):34} {values}")
     lines.append("")
     if isinstance(model.optimizer, tfhalf.LossScaleOptimizer):
@@ -462,12 +502,14 @@ def _summary(task: Task, workdir: Path, bundle: Path, manifest, measured, progre
     errors = ", ".join(
         f"{name} {max(signature['max_error'].values()):.1e} (at most {signature['tolerance']:g})"
         for name, signature in manifest.signatures.items()
+        if signature["tolerance"] is not None
     )
     workdir_, bundle_, base = (shlex.quote(str(path)) for path in (workdir, bundle, bundle.parent.resolve()))
     lines += [
         f"  in half         {measured.multiply_adds_in_half:.1%} of multiply-adds, "
         f"{measured.parameters_in_half:.1%} of parameters",
-        f"  best epoch      {progress.best_epoch} of {progress.epoch}, {task.monitor} {progress.best:.4f}",
+        f"  epoch taken     {progress.best_epoch} of {progress.epoch}, "
+        + (f"{task.monitor} {progress.best:.4f}" if task.monitor else "the last"),
         f"  artefact        {bundle}, verified in a fresh process",
         f"  variables       {manifest.sizes['variables']:,} bytes; the weights in float32 are {float32_bytes:,}",
         f"  graph           {manifest.sizes['graph']:,} bytes",

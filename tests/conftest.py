@@ -27,11 +27,23 @@ def run_module(*arguments: str, cwd: Path = ROOT, **options) -> subprocess.Compl
     )
 
 
+def options_for(task, *arguments: str):
+    """Returns what `arguments` on the command line of a task's app give to its functions."""
+    from absl import flags
+
+    from apps import runner
+
+    values = flags.FlagValues()
+    names = runner.define_flags(task, values)
+    values(["test", *arguments])
+    return runner.options_of(values, names)
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> str:
-    """TFDS's folder with the real mnist_5k, fetched by the program that users run."""
+    """TFDS's folder with the apps' real default sets, fetched by the program that users run."""
     folder = tmp_path_factory.mktemp("data")
-    result = run_module("apps.data", "--dataset=mnist_5k", f"--data_dir={folder}")
+    result = run_module("apps.data", "--dataset=mnist_5k,deepforest,blue_marble", f"--data_dir={folder}")
     assert result.returncode == 0, result.stderr
     assert "train 4,000, test 1,000" in result.stdout
     return str(folder)

@@ -11,23 +11,21 @@ today's ReLU, max pooling and dropout, and wider); resnet, He et al. 2016, "Deep
 recognition", section 4.2 (projection shortcuts, option B).
 """
 
-import io
 import re
 from pathlib import Path
 
 import keras
 import numpy as np
 import tensorflow as tf
-import tensorflow_datasets as tfds
 from absl import flags
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from apps import runner
+from apps.image import resnet
+from apps.image.pictures import epoch_seed, require_features, split_names, to_channels, to_png
 
 _CACHE_BYTES = 2**30
 _SHUFFLE_BYTES = 2**29
-_WARMUP_SHARE = 0.05
 _SHOWN = 16
 
 
@@ -92,30 +90,13 @@ def _convnet(x, options):
 
 
 def _resnet(x, options):
-    x = _conv_norm(x, 16, 3, 1, "stem")
+    x = resnet.conv_norm(x, 16, 3, 1, "stem")
     x = keras.layers.ReLU(name="stem_relu")(x)
     for stage, filters in enumerate((16, 32, 64), 1):
         for block in range(1, (options.depth - 2) // 6 + 1):
             stride = 2 if stage > 1 and block == 1 else 1
-            x = _residual_block(x, filters, stride, f"stage{stage}_block{block}")
+            x = resnet.residual_block(x, filters, stride, f"stage{stage}_block{block}")
     return keras.layers.GlobalAveragePooling2D(name="pool")(x)
-
-
-def _residual_block(x, filters: int, stride: int, name: str):
-    y = _conv_norm(x, filters, 3, stride, f"{name}_a")
-    y = keras.layers.ReLU(name=f"{name}_a_relu")(y)
-    y = _conv_norm(y, filters, 3, 1, f"{name}_b")
-    if stride != 1 or x.shape[-1] != filters:
-        x = _conv_norm(x, filters, 1, stride, f"{name}_shortcut")
-    y = keras.layers.Add(name=f"{name}_add")([x, y])
-    return keras.layers.ReLU(name=f"{name}_relu")(y)
-
-
-def _conv_norm(x, filters: int, size: int, stride: int, name: str):
-    x = keras.layers.Conv2D(
-        filters, size, stride, padding="same", use_bias=False, kernel_initializer="he_normal", name=f"{name}_conv"
-    )(x)
-    return keras.layers.BatchNormalization(momentum=0.9, name=f"{name}_norm")(x)
 
 
 def _pretrained_features(x, preset: str):
@@ -143,17 +124,8 @@ def _pretrained_features(x, preset: str):
 
 
 def build_optimizer(options, num_steps: int) -> keras.optimizers.Optimizer:
-    """AdamW; its rate rises in a line over 5% of the steps, then falls along a cosine to 0."""
-    warmup = max(1, round(_WARMUP_SHARE * num_steps))
-    schedule = keras.optimizers.schedules.CosineDecay(
-        options.learning_rate / warmup,  # not 0, or the first step would do nothing
-        decay_steps=max(1, num_steps - warmup),
-        warmup_target=options.learning_rate,
-        warmup_steps=warmup,
-    )
-    optimizer = keras.optimizers.AdamW(schedule, weight_decay=options.weight_decay)
-    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-    return optimizer
+    """AdamW with warm-up and cosine decay."""
+    return runner.adamw(options.learning_rate, num_steps, options.weight_decay)
 
 
 def build_loss(options) -> keras.losses.Loss:
@@ -172,17 +144,10 @@ def build_metrics() -> list[keras.metrics.Metric]:
 def load_data(options) -> runner.Data:
     """Reads any TFDS set with a picture and a class."""
     _check_options(options)
-    features = runner.describe_dataset(options).info.features
-    found = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {"": features}
-    kinds = {name: type(feature).__name__ for name, feature in found.items()}
-    if kinds.get("image") != "Image" or kinds.get("label") != "ClassLabel":
-        listing = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-        raise runner.AppError(
-            f"--dataset={options.dataset} has the features {listing}; image classification needs image (Image) and "
-            "label (ClassLabel)"
-        )
+    wanted = {"image": "Image", "label": "ClassLabel"}
+    features = require_features(options, "image classification", wanted)
     builder = runner.prepare_dataset(options)
-    train, validation, test = _splits(builder)
+    train, validation, test = split_names(builder)
     class_names = features["label"].names
     channels = 1 if features["image"].shape[-1] in (1, 2) else 3
 
@@ -207,8 +172,7 @@ def load_data(options) -> runner.Data:
     buffer = max(1, min(num_train, _SHUFFLE_BYTES // (options.image_size**2 * channels * 4)))
 
     def train_data(epoch: int) -> tf.data.Dataset:
-        seed = np.random.SeedSequence([options.seed, epoch]).generate_state(1)[0]
-        shuffled = train_set.shuffle(buffer, seed=int(seed), reshuffle_each_iteration=False)
+        shuffled = train_set.shuffle(buffer, seed=epoch_seed(options.seed, epoch), reshuffle_each_iteration=False)
         return shuffled.batch(options.batch_size, drop_remainder=True).map(one_hot).prefetch(tf.data.AUTOTUNE)
 
     return runner.Data(
@@ -229,19 +193,6 @@ def _check_options(options) -> None:
         raise runner.AppError(f"--depth={options.depth} must be 6n+2: 8, 14, 20, 32, 44, 56, 110")
 
 
-def _splits(builder: tfds.core.DatasetBuilder) -> tuple[str, str, str]:
-    """Train, validation and test; nobody chooses an epoch on the test part."""
-    names = set(builder.info.splits)
-    if "train" not in names:
-        raise runner.AppError(f"{builder.name} has no train split; it has {', '.join(sorted(names))}")
-    if {"validation", "test"} <= names:
-        return "train", "validation", "test"
-    for test in ("test", "validation"):
-        if test in names:
-            return "train[:90%]", "train[90%:]", test
-    return "train[:80%]", "train[80%:90%]", "train[90%:]"
-
-
 def fit_pictures(pictures: tf.Tensor, size: int, channels: int) -> tf.Tensor:
     """Pictures of any size, grey or colour, with or without alpha, to what the model sees.
 
@@ -255,19 +206,7 @@ def fit_pictures(pictures: tf.Tensor, size: int, channels: int) -> tf.Tensor:
     Returns:
         float32 `[batch, size, size, channels]`, 0 to 255.
     """
-    scale = 1 / 257 if pictures.dtype == tf.uint16 else 1.0  # 16 bits to 8
-    pictures = tf.cast(pictures, tf.float32) * scale
-    num = tf.shape(pictures)[-1]
-    has_alpha = tf.equal(num % 2, 0)
-    num_colours = num - tf.cast(has_alpha, tf.int32)
-    alpha = tf.where(has_alpha, pictures[..., num - 1 :] / 255.0, 1.0)
-    pictures = pictures[..., :num_colours] * alpha
-    if channels == 1:
-        # ITU-R BT.601 luma, as in every grey conversion of pictures; one channel is grey already.
-        luma = tf.cond(tf.equal(num_colours, 3), lambda: tf.constant([0.299, 0.587, 0.114]), lambda: tf.constant([1.0]))
-        pictures = tf.reduce_sum(pictures * luma, axis=-1, keepdims=True)
-    else:
-        pictures += tf.zeros([3])
+    pictures = to_channels(pictures, channels)
     shape = tf.cast(tf.shape(pictures)[1:3], tf.float32)
     fitted = tf.maximum(1, tf.cast(tf.round(shape * size / tf.reduce_max(shape)), tf.int32))
     pictures = tf.image.resize(pictures, fitted, antialias=True)
@@ -325,7 +264,7 @@ def show(model: keras.Model, data: runner.Data) -> dict[str, bytes]:
         title = f"{names[row.argmax()]} {row.max():.0%}" + ("" if right else f"\nis {names[target.argmax()]}")
         axes.set_title(title, fontsize=10, color="black" if right else "crimson")
         axes.set_axis_off()
-    return {"predictions": _png(figure)}
+    return {"predictions": to_png(figure)}
 
 
 def conclude(call: runner.Call, data: runner.Data, folder: Path) -> dict[str, bytes]:
@@ -343,7 +282,7 @@ def conclude(call: runner.Call, data: runner.Data, folder: Path) -> dict[str, by
             (folder / f"{name}.png").write_bytes(png.numpy())
         if not left:
             break
-    return {"confusion_matrix": _png(_confusion_figure(counts, names))}
+    return {"confusion_matrix": to_png(_confusion_figure(counts, names))}
 
 
 def _confusion_figure(counts: np.ndarray, names: list[str]) -> Figure:
@@ -365,12 +304,6 @@ def _confusion_figure(counts: np.ndarray, names: list[str]) -> Figure:
 def _predict(call: runner.Call, dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
     rows = [(np.asarray(call(image=inputs["image"])["probabilities"]), labels.numpy()) for inputs, labels in dataset]
     return np.concatenate([row[0] for row in rows]), np.concatenate([row[1] for row in rows])
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
 
 
 # Main

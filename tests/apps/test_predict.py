@@ -1,7 +1,9 @@
 """The program that proves that the artefact stands alone."""
 
 import ast
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from apps import predict
 from tests.conftest import ROOT, run_module
+
+VERMILION, BLUE = (213, 94, 0), (86, 180, 233)  # the first two of the palette, for classes 0 and 1
 
 
 @pytest.fixture
@@ -78,6 +83,8 @@ def test_changed_bundle_is_not_loaded(bundle, trained, tmp_path):
             ["--saved_model={bundle}", "--signature=serving_int8", "{bundle}/1/saved_model.pb"],
             "--signature=serving_int8",
         ),
+        (["--saved_model={bundle}", "--output=drawn", "{bundle}/1/saved_model.pb"], "--output=drawn does nothing"),
+        (["--saved_model={bundle}", "--min_score=0.3", "{bundle}/1/saved_model.pb"], "--min_score=0.3 does nothing"),
     ],
 )
 def test_bad_input_is_one_clear_line(bundle, arguments, message):
@@ -100,3 +107,303 @@ def test_needs_neither_keras_nor_tfhalf(bundle, trained):
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "0.png: " in result.stdout
+
+
+# Detection and segmentation: stand-in models with known answers, in real SavedModels
+
+
+def publish(module, folder: Path, task: str, class_names: list) -> Path:
+    """Saves a module as an app would, with the manifest that predict checks."""
+    import tensorflow as tf
+
+    tf.saved_model.save(module, str(folder), signatures={"serving_default": module.serve})
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    hashes = {name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for name, path in files.items()}
+    metadata = {"task": task, "about": {"class_names": class_names}}
+    (folder / "assets.extra").mkdir()
+    (folder / "assets.extra" / "manifest.json").write_text(json.dumps({"files": hashes, "metadata": metadata}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory) -> Path:
+    """Three boxes by the picture's size, and one that only fills up; fails on 13 and says NaN on 11 pixels of width."""
+    import tensorflow as tf
+
+    class Detector(tf.Module):
+        def __init__(self):
+            self.score = tf.Variable([0.9, 0.7, 0.2, 0.0])
+
+        @tf.function(input_signature=[tf.TensorSpec([None] * 4, tf.float32, name="image")], autograph=False)
+        def serve(self, image):
+            height, width = tf.unstack(tf.cast(tf.shape(image)[1:3], tf.float32))
+            tf.debugging.assert_none_equal(width, 13.0, message="no picture of 13 pixels")
+            parts = tf.constant([[0.5, 0.25, 0.75, 0.75], [0.25, 0.75, 0.5, 1], [0, 0, 1, 1], [np.nan] * 4])
+            boxes = parts * tf.stack([height, width, height, width])
+            scores = self.score * tf.where(width == 11, np.nan, 1.0)
+            answer = {"boxes": boxes, "scores": scores, "class_ids": tf.constant([0, 1, 0, 7]), "count": tf.constant(3)}
+            return {name: value[tf.newaxis] for name, value in answer.items()}
+
+    return publish(Detector(), tmp_path_factory.mktemp("detector") / "1", "object_detection", ["tree", "car"])
+
+
+@pytest.fixture(scope="module")
+def segmenters(tmp_path_factory) -> dict[str, Path]:
+    """Class 1 is where the first channel is at least 128; once with two kinds of surface, once with a background."""
+    import tensorflow as tf
+
+    class Segmenter(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None] * 4, tf.float32, name="image")], autograph=False)
+        def serve(self, image):
+            class_map = tf.cast(image[..., 0] >= 128, tf.int32)
+            return {"class_map": class_map, "probabilities": tf.one_hot(class_map, 2)}
+
+    folder = tmp_path_factory.mktemp("segmenters")
+    kinds = {"surface": ["ocean", "land"], "thing": ["background", "moon"]}
+    task = "semantic_segmentation"
+    return {kind: publish(Segmenter(), folder / kind / "1", task, names) for kind, names in kinds.items()}
+
+
+def answer(capsys, folder: Path, *files: Path, status: int = 0, **options) -> tuple[list, list]:
+    """Predicts in this process: (what was printed, errors), in lines."""
+    assert predict.predict(str(folder), "serving_default", list(files), predict.Options(**options)) == status
+    printed = capsys.readouterr()
+    return printed.out.splitlines(), [line for line in printed.err.splitlines() if line.startswith("error: ")]
+
+
+def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, [height, width, channels], dtype=np.uint8)
+
+
+def halves(height: int = 60, width: int = 200) -> np.ndarray:
+    """Dark on the left, bright on the right half, and noise in both."""
+    return np.where(np.arange(width)[:, np.newaxis] < width // 2, 0, 128).astype(np.uint8) + noise(height, width) // 2
+
+
+def test_boxes_printed_and_drawn(detector, tmp_path):
+    """The real command: exact numbers, outlines where the boxes are, the picture elsewhere."""
+    pixels = noise(200, 400)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    output = tmp_path / "new" / "drawn.png"
+    arguments = ["apps.predict", f"--saved_model={detector.parent}", f"--output={output}", str(tmp_path / "a.png")]
+    result = run_module(*arguments, "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == {
+        "file": str(tmp_path / "a.png"),
+        "boxes": [
+            {"label": "tree", "score": 0.9, "ymin": 100.0, "xmin": 100.0, "ymax": 150.0, "xmax": 300.0},
+            {"label": "car", "score": 0.7, "ymin": 50.0, "xmin": 300.0, "ymax": 100.0, "xmax": 400.0},
+        ],
+    }
+    assert os.listdir(output.parent) == ["drawn.png"]
+    drawn = np.asarray(Image.open(output))
+    assert drawn.shape == pixels.shape
+    # ymax and xmax are edges: the last row inside is ymax - 1.
+    assert (drawn[149, 100:300] == VERMILION).all()
+    assert (drawn[100:150, 299] == VERMILION).all()
+    assert (drawn[100:150, 100] == VERMILION).all()
+    assert (drawn[100, 100:300] == VERMILION).all()
+    assert (drawn[99, 350:400] == BLUE).all()
+    assert (drawn[50:100, 399] == BLUE).all()
+    # Two pixels wide; inside, around, and where the third box (0.2) would be, nothing is touched.
+    for rows, columns in (
+        (slice(102, 148), slice(102, 298)),
+        (slice(150, 200), slice(0, 400)),
+        (slice(0, 35), slice(0, 400)),
+        (slice(100, 200), slice(0, 100)),
+        (slice(100, 200), slice(300, 400)),
+    ):
+        assert (drawn[rows, columns] == pixels[rows, columns]).all()
+    label = drawn[90:100, 100:130].reshape(-1, 3)  # right above the box
+    assert (label == VERMILION).all(axis=1).mean() > 0.5
+    assert (label == (255, 255, 255)).all(axis=1).any()
+
+
+def test_min_score_and_text(detector, tmp_path, capsys):
+    file = tmp_path / "a.png"
+    Image.fromarray(noise(40, 80)).save(file)
+    tree, car = "tree 0.90 at (ymin 20, xmin 20, ymax 30, xmax 60)", "car 0.70 at (ymin 10, xmin 60, ymax 20, xmax 80)"
+    assert answer(capsys, detector, file) == ([f"{file}: 2 boxes: {tree}, {car}"], [])
+    # 0.7 is below 0.7 in float32, but who reads 0.7 and asks for 0.7 gets it.
+    assert answer(capsys, detector, file, min_score=0.7) == ([f"{file}: 2 boxes: {tree}, {car}"], [])
+    assert answer(capsys, detector, file, min_score=0.8) == ([f"{file}: 1 box: {tree}"], [])
+    lines, _ = answer(capsys, detector, file, min_score=0.0)
+    assert lines == [f"{file}: 3 boxes: {tree}, {car}, tree 0.20 at (ymin 0, xmin 0, ymax 40, xmax 80)"]
+    assert answer(capsys, detector, file, min_score=1.0, output=f"{tmp_path}/none.png") == ([f"{file}: 0 boxes"], [])
+    assert (np.asarray(Image.open(tmp_path / "none.png")) == noise(40, 80)).all()
+
+
+def test_long_lines_are_cut():
+    row = {"label": "tree", "score": 0.5, "ymin": 0.0, "xmin": 1.0, "ymax": 2.0, "xmax": 3.0}
+    text = predict._boxes_as_text({"boxes": [row] * 12})
+    assert text.startswith("12 boxes: tree 0.50 at ")
+    assert text.endswith(", and 9 more")
+    assert text.count("tree") == 3
+
+
+def test_shares_printed_and_masks_drawn(segmenters, tmp_path):
+    """The real command: both halves are blended with their colours, and a strip names them."""
+    Image.fromarray(halves()).save(tmp_path / "a.png")
+    arguments = ["apps.predict", f"--saved_model={segmenters['surface']}", f"--output={tmp_path}/drawn"]
+    result = run_module(*arguments, str(tmp_path / "a.png"), "--json")
+    assert result.returncode == 0, result.stderr
+    expected = {"file": f"{tmp_path}/a.png", "shares": {"ocean": 0.5, "land": 0.5}, "height": 60, "width": 200}
+    assert json.loads(result.stdout) == expected
+    drawn = np.asarray(Image.open(tmp_path / "drawn" / "a.png"))
+    assert drawn.shape == (78, 200, 3)  # one line of the strip: 1.5 times 12 pixels
+    for columns, colour in ((slice(0, 100), VERMILION), (slice(100, 200), BLUE)):
+        blended = (halves()[:, columns].astype(float) + colour) / 2
+        np.testing.assert_allclose(drawn[:60, columns], blended, atol=1)
+    strip = drawn[60:].reshape(-1, 3)
+    for colour in (VERMILION, BLUE):
+        assert (strip == colour).all(axis=1).sum() > 50
+    assert (strip == (255, 255, 255)).all(axis=1).mean() > 0.5
+
+
+def test_background_is_not_masked(segmenters, tmp_path, capsys):
+    file, dark = tmp_path / "a.png", tmp_path / "dark.png"
+    Image.fromarray(halves()).save(file)
+    Image.fromarray(halves()[:, :100]).save(dark)
+    lines, _ = answer(capsys, segmenters["thing"], file, dark, output=f"{tmp_path}/drawn")
+    assert lines == [f"{file}: background 50.0%, moon 50.0%", f"{dark}: background 100.0%"]
+    drawn = np.asarray(Image.open(tmp_path / "drawn" / "a.png"))[:60]
+    assert (drawn[:, :100] == halves()[:, :100]).all()
+    np.testing.assert_allclose(drawn[:, 100:], (halves()[:, 100:].astype(float) + BLUE) / 2, atol=1)
+    assert (np.asarray(Image.open(tmp_path / "drawn" / "dark.png")) == halves()[:, :100]).all()
+
+
+def test_every_kind_of_picture_is_drawn_as_the_model_sees_it(detector, segmenters, tmp_path, capsys):
+    grey, colour, alpha = noise(40, 80, 1)[..., 0], noise(40, 80), noise(40, 80, 4)
+    palette = Image.fromarray(colour).quantize(16)
+    pictures = {"grey": Image.fromarray(grey), "colour": Image.fromarray(colour), "palette": palette}
+    pictures["sixteen"] = Image.fromarray(grey.astype(np.uint16) * 257)
+    pictures["alpha"] = Image.fromarray(alpha)
+    pictures["grey_alpha"] = Image.fromarray(alpha[..., 2:])
+    over_black = {name: alpha[..., part] * (alpha[..., 3:] / 255) for name, part in (("c", slice(3)), ("g", [2] * 3))}
+    seen = {"grey": grey[..., np.newaxis], "colour": colour, "palette": np.asarray(palette.convert("RGB"))}
+    seen |= {"sixteen": seen["grey"], "alpha": over_black["c"], "grey_alpha": over_black["g"]}
+    for name, picture in pictures.items():
+        picture.save(tmp_path / f"{name}.png")
+    files = [tmp_path / f"{name}.png" for name in pictures]
+    lines, errors = answer(capsys, detector, *files, output=f"{tmp_path}/drawn")
+    assert (len(lines), errors) == (len(files), [])
+    for name, expected in seen.items():
+        drawn = Image.open(tmp_path / "drawn" / f"{name}.png")
+        assert (drawn.mode, drawn.size) == ("RGB", (80, 40)), name
+        far = np.asarray(drawn)[31:].astype(float)  # below all boxes
+        np.testing.assert_allclose(far, np.broadcast_to(expected, [40, 80, 3])[31:], atol=0.51, err_msg=name)
+        assert (np.asarray(drawn)[29, 20:60] == VERMILION).all()
+    lines, errors = answer(capsys, segmenters["surface"], *files, output=f"{tmp_path}/masked")
+    assert (len(lines), errors) == (len(files), [])
+    assert {Image.open(path).width for path in (tmp_path / "masked").iterdir()} == {80}
+
+
+def test_smallest_picture_is_drawn(detector, segmenters, tmp_path, capsys):
+    Image.new("RGB", [1, 1]).save(tmp_path / "dot.bmp")
+    for folder in (detector, segmenters["surface"]):
+        answer(capsys, folder, tmp_path / "dot.bmp", output=f"{tmp_path}/drawn")
+        assert Image.open(tmp_path / "drawn" / "dot.png").width == 1
+
+
+def test_pictures_that_fail_leave_the_others_drawn(detector, tmp_path, capsys):
+    """A damaged file, one that the model fails on, one that it answers NaN for."""
+    Image.fromarray(noise(20, 40)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    Image.fromarray(noise(20, 13)).save(tmp_path / "c.png")
+    Image.fromarray(noise(20, 11)).save(tmp_path / "d.png")
+    Image.fromarray(noise(20, 40)).save(tmp_path / "e.png")
+    files = sorted(tmp_path.glob("*.png"))
+    lines, errors = answer(capsys, detector, *files, status=1, output=f"{tmp_path}/drawn")
+    assert [line.split(":")[0] for line in lines] == [str(files[0]), str(files[4])]
+    assert len(errors) == 3
+    assert f"{files[1]} can't be read" in errors[0]
+    assert f"{files[2]}: the model failed: " in errors[1]
+    assert "no picture of 13 pixels" in errors[1]
+    assert "stack traces" not in errors[1]
+    assert errors[2] == f"error: {files[3]}: the model failed: scores holds NaN or infinity"
+    assert sorted(os.listdir(tmp_path / "drawn")) == ["a.png", "e.png"]
+
+
+@pytest.mark.parametrize(
+    ("output", "names", "message"),
+    [
+        ("drawn", ["a.png", "sub/a.jpg"], "{0} and {1} would both be drawn as"),
+        ("drawn.png", ["a.png", "b.png"], "is one file for 2 pictures"),
+        ("drawn.jpg", ["a.png"], "drawn as PNG"),
+        ("a.png", ["a.png"], "is a picture to predict"),
+        ("", ["sub/a.jpg", "a.png"], "is a picture to predict"),
+        ("", ["a.png"], "is a picture to predict"),
+        ("file/drawn", ["a.png"], "can't make the folder"),
+        ("file/drawn.png", ["a.png"], "can't make the folder"),
+        ("file", ["a.png"], "can't make the folder"),
+    ],
+)
+def test_output_that_would_lose_a_picture_is_refused(detector, tmp_path, capsys, output, names, message):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "file").write_text("no folder")
+    files = [tmp_path / name for name in names]
+    for file in files:
+        Image.fromarray(noise(20, 40)).save(file)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    output = str(tmp_path / output)
+    with pytest.raises(predict.PredictError) as error:
+        answer(capsys, detector, *files, output=output)
+    assert str(error.value).startswith(f"--output={output}")
+    assert message.format(*files) in str(error.value)
+    assert capsys.readouterr().out == ""
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(detector, tmp_path):
+    Image.fromarray(noise(20, 40)).save(tmp_path / "a.png")
+    (tmp_path / "drawn" / "a.png").mkdir(parents=True)
+    arguments = [f"--saved_model={detector}", f"--output={tmp_path}/drawn", str(tmp_path / "a.png")]
+    result = run_module("apps.predict", *arguments)
+    assert result.returncode == 1
+    assert f"error: --output={tmp_path}/drawn: can't write {tmp_path}/drawn/a.png: Is a directory" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert os.listdir(tmp_path / "drawn") == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("detector", {"top_k": 3}),
+        ("segmenter", {"top_k": 3}),
+        ("segmenter", {"min_score": 0.5}),
+    ],
+)
+def test_flags_without_effect_are_refused(detector, segmenters, kind, options, capsys):
+    """Though they have their default's value."""
+    folder = detector if kind == "detector" else segmenters["surface"]
+    flag, value = next(iter(options.items()))
+    with pytest.raises(predict.PredictError, match=f"--{flag}={value} does nothing for .* leave it out"):
+        answer(capsys, folder, Path("missing.png"), **options)
+
+
+def test_bundles_that_keep_no_contract(detector, segmenters, tmp_path, capsys):
+    Image.fromarray(halves()).save(tmp_path / "a.png")
+
+    def change(folder: Path, **metadata) -> Path:
+        copy = Path(shutil.copytree(folder, tmp_path / f"{len(list(tmp_path.iterdir()))}"))
+        manifest = json.loads((copy / "assets.extra" / "manifest.json").read_text())
+        manifest["metadata"] |= metadata
+        (copy / "assets.extra" / "manifest.json").write_text(json.dumps(manifest))
+        return copy
+
+    for folder, message in (
+        (change(detector, task="poetry"), "a bundle for 'poetry'; this program knows image_classification, object_det"),
+        (change(detector, about={}), "doesn't name the classes"),
+        (change(detector, task="semantic_segmentation"), "doesn't give class_map, probabilities"),
+    ):
+        with pytest.raises(predict.PredictError, match=message):
+            answer(capsys, folder, tmp_path / "a.png")
+    few = change(segmenters["surface"], about={"class_names": ["ocean"]})
+    _, errors = answer(capsys, few, tmp_path / "a.png", status=1)
+    assert "class_map is beyond the 1 classes" in errors[0]
+
+
+def test_palette_tells_classes_apart():
+    colours = [predict._colour(index) for index in range(42)]
+    assert len(set(colours[:21])) == 21
+    assert colours[:21] == colours[21:]

@@ -185,20 +185,6 @@ def test_parts_do_not_overlap(data_dir):
     assert not seen[1] & seen[2]
 
 
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        ("train test", ("train[:90%]", "train[90%:]", "test")),
-        ("train validation test", ("train", "validation", "test")),
-        ("train validation", ("train[:90%]", "train[90%:]", "validation")),
-        ("train", ("train[:80%]", "train[80%:90%]", "train[90%:]")),
-    ],
-)
-def test_no_epoch_is_chosen_on_the_test_part(names, expected):
-    builder = types.SimpleNamespace(name="x", info=types.SimpleNamespace(splits=dict.fromkeys(names.split())))
-    assert classification._splits(builder) == expected
-
-
 def test_score_agrees_with_sklearn():
     random = np.random.default_rng(0)
     labels = random.integers(0, 4, 50)
