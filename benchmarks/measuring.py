@@ -6,6 +6,7 @@ of BCa rest on a jackknife, which is inconsistent for a median (Efron & Tibshira
 """
 
 import dataclasses
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -43,6 +44,20 @@ def median(values) -> Estimate:
 def paired_ratio(numerators, denominators) -> Estimate:
     """Estimates the median of the ratios within rounds."""
     return median(np.asarray(numerators) / np.asarray(denominators))
+
+
+def task_of(module: str):
+    """Returns an app's task, of its module's name.
+
+    Raises:
+        AppError: there is no such app.
+    """
+    from apps import runner  # here: a contender's process needs neither it nor TensorFlow
+
+    try:
+        return importlib.import_module(module).TASK
+    except (ImportError, AttributeError) as error:
+        raise runner.AppError(f"--app={module} is no app; write --app=apps.image.detection") from error
 
 
 def load() -> float:
