@@ -1,4 +1,4 @@
-"""Predicts with an exported bundle: TensorFlow and the bundle, nothing else.
+"""Predicts with an exported bundle: TensorFlow, Pillow to draw, and nothing of ours.
 
     python -m apps.predict --saved_model=saved_models/image_classification_mnist_5k/1 picture.png folder/
     python -m apps.predict --saved_model=saved_models/image_classification_mnist_5k --json picture.png

@@ -233,7 +233,7 @@ def run(task: Task, options: types.SimpleNamespace) -> tfhalf.Manifest | None:
     workers.check_same(config, "the flags")  # now: with other models they would wait for each other's variables
     name = options.saved_model_name or f"{task.name}_{options.dataset.replace('/', '_').replace(':', '_')}"
     workdir = Path(options.workdir or _default_workdir(name, options, config))
-    data = _load(task, options, workers)
+    data = load(task, options, workers.num_replicas)
     with strategy.scope():
         model = build(task, options, data)
     measured = tfhalf.coverage(model, inputs=next(iter(data.train(0)))[0])  # a model's shapes may be open
@@ -275,10 +275,15 @@ def _introduce(task: Task, options, model: keras.Model, measured, workers: distr
         say(f"{workers.num_replicas} replicas, {share} of a batch's {options.batch_size} examples each")
 
 
-def _load(task: Task, options: types.SimpleNamespace, workers: distribution.Workers) -> Data:
-    if options.batch_size % workers.num_replicas:
+def load(task: Task, options: types.SimpleNamespace, num_replicas: int = 1) -> Data:
+    """Loads a task's data, with as many steps an epoch as the flags say.
+
+    Raises:
+        AppError: a batch can't be shared out to the replicas, or there are fewer batches than asked for.
+    """
+    if options.batch_size % num_replicas:
         raise AppError(
-            f"--batch_size={options.batch_size} is shared out to {workers.num_replicas} replicas: it must be a multiple"
+            f"--batch_size={options.batch_size} is shared out to {num_replicas} replicas: it must be a multiple"
         )
     data = task.load_data(options)
     if options.steps_per_epoch is None:

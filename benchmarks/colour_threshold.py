@@ -13,7 +13,7 @@ import numpy as np
 from absl import app, flags
 
 from apps import runner
-from apps.image import masks
+from apps.image import masks, pictures
 from tfhalf import datasets
 
 _BITS = 5  # of 8 in each channel
@@ -28,9 +28,11 @@ def main() -> None:
 
 
 def _run(argv: list[str]) -> None:
+    wanted = {"image": "Image", "segmentation_mask": "LabeledImage"}
+    names = pictures.require_features(flags.FLAGS, "this baseline", wanted)["segmentation_mask"].names
     builder = datasets.prepare(flags.FLAGS.dataset, flags.FLAGS.data_dir, print)
-    names = builder.info.features["segmentation_mask"].names
-    parts = {split: _pixels(builder, split) for split in ("train", "validation", "test")}
+    splits = dict(zip(("train", "validation", "test"), pictures.split_names(builder), strict=True))
+    parts = {part: _pixels(builder, split) for part, split in splits.items()}
     rules = {
         "threshold": fit_threshold(*parts["train"], len(names)),
         "colour table": fit_table(*parts["train"], len(names)),

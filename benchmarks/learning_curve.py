@@ -39,7 +39,7 @@ def _run(values: flags.FlagValues) -> None:
     if not paths:
         raise runner.AppError(f"--workdir={workdir} holds no checkpoint of a whole epoch; train with --keep=1000")
     options = _options(task, about["config"], values.data_dir)
-    data = task.load_data(options)
+    data = runner.load(task, options)
     model = runner.build(task, options, data)
     answer = runner.answering(task, model, data)
     rows = {row["epoch"]: row for row in about["epochs"]}
@@ -62,7 +62,9 @@ def _options(task: runner.Task, config: dict, data_dir: str | None):
     """The flags that made a run, as its metrics.json tells them."""
     values = flags.FlagValues()
     names = runner.define_flags(task, values)
-    given = [f"--{name}={value}" for name, value in config.items() if name in names and value is not None]
+    # A flag that says its default may still be refused, beside one that makes it useless.
+    own = {name: value for name, value in config.items() if name in names and value != values[name].default}
+    given = [f"--{name}={value}" for name, value in own.items()]
     values(["learning_curve", *given, *([f"--data_dir={data_dir}"] if data_dir else [])])
     options = runner.options_of(values, names)
     options.plan = PrecisionPlan.from_json(config["plan"])

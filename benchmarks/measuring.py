@@ -57,7 +57,7 @@ def task_of(module: str):
     try:
         return importlib.import_module(module).TASK
     except (ImportError, AttributeError) as error:
-        raise runner.AppError(f"--app={module} is no app; write --app=apps.image.detection") from error
+        raise runner.AppError(f"--app={module} is no app ({error}); write --app=apps.image.detection") from error
 
 
 def load() -> float:

@@ -46,7 +46,7 @@ def _main(modules: list[str]) -> None:
 
 
 def _run(task: runner.Task, options, rounds: int) -> None:
-    data = task.load_data(options)
+    data = runner.load(task, options)
     batches = list(data.train(0).take(_WARM_UP + rounds).as_numpy_iterator())  # now: reading isn't what is measured
     load = measuring.load()
     measuring.warn_if_busy(load)

@@ -71,7 +71,7 @@ def export_saved_model(
         input_signature: name to `tf.TensorSpec`, for `serve`. Default: the model's own inputs.
         storage_dtype: "float16", "bfloat16" or "float32".
         tolerance: largest difference to the training model, as a share of the largest output (at least 1), in every
-            signature. Default: `TOLERANCES`.
+            signature; 0 to below 1. Default: `TOLERANCES`.
         metadata: JSON values for the manifest, or a function that gets the finished, not yet published folder and
             returns them; what it raises stops the publication.
         decide: the step after the last number, from `serve`'s outputs to what clients get: a choice that a rounding may

@@ -7,7 +7,7 @@ and activations are a dozen operations each. So on a CPU
 * float16 operands are widened to float32, the float32 operation runs, and its result is rounded to float16: forward,
   and backward, where the operands are widened again instead of having been kept;
 * bfloat16 products run natively where the CPU has instructions for them (oneDNN accumulates them in float32), are
-  widened like float16 where it doesn't, and sums run in float32;
+  widened like float16 where it has none; and sums run in float32;
 * elementwise functions run as one loop, which XLA makes of them, and keep nothing but their inputs.
 
 With a GPU or TPU (`on_accelerator`) every function here is the native operation, without a cast added.
@@ -56,9 +56,11 @@ def _has_accelerator() -> bool:
     return bool(tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"))
 
 
-def is_widened(dtype: tf.DType) -> bool:
-    """Returns whether this machine computes products of a dtype in float32, as the fastest way that is faithful."""
-    return not on_accelerator() and (dtype == tf.float16 or (dtype == tf.bfloat16 and not _has_bfloat16()))
+def is_widened(dtype: tf.DType, also_bfloat16: bool = False) -> bool:
+    """Returns whether this machine computes in float32 for a dtype: float16, and bfloat16 where asked or not native."""
+    if on_accelerator():
+        return False
+    return dtype == tf.float16 or (dtype == tf.bfloat16 and (also_bfloat16 or not _has_bfloat16()))
 
 
 @functools.cache
@@ -98,7 +100,7 @@ def round_once(operation: Operation, also_bfloat16: bool = False) -> Operation:
 
     def rounded(*tensors):
         dtype = tensors[0].dtype
-        if not is_widened(dtype) and not (also_bfloat16 and dtype == tf.bfloat16 and not on_accelerator()):
+        if not is_widened(dtype, also_bfloat16):
             return operation(*tensors)
 
         @tf.custom_gradient

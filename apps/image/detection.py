@@ -230,12 +230,8 @@ def load_data(options) -> runner.Data:
         return _window(example, seed, options.image_size, channels, augment)
 
     def whole(example):
-        picture = example["image"]
-        box = example["objects"]["bbox"] * tf.cast(tf.tile(tf.shape(picture)[:2], [2]), tf.float32)
-        return {"image": images.to_channels(picture, channels)}, {
-            "boxes": box,
-            "class_ids": example["objects"]["label"],
-        }
+        truth = {"boxes": _true_boxes(example), "class_ids": example["objects"]["label"]}
+        return {"image": images.to_channels(example["image"], channels)}, truth
 
     batches, steps = images.training_windows(*images.read(builder, train), options, make)
     held_out = images.read(builder, validation)[0]
@@ -268,14 +264,17 @@ def _check_options(options) -> None:
             raise runner.AppError(f"--{name}={value} must be a multiple of {multiple}")
 
 
+def _true_boxes(example) -> tf.Tensor:
+    """The objects' boxes in pixels; TFDS gives shares of height and width."""
+    return example["objects"]["bbox"] * tf.cast(tf.tile(tf.shape(example["image"])[:2], [2]), tf.float32)
+
+
 def _window(example, seed, size: int, channels: int, augment: str):
     """A window of a picture, and what each place of the detector shall say of it."""
     seeds = tf.random.split(seed, 2)
     picture = images.to_channels(example["image"], channels)
-    shape = tf.shape(picture)[:2]
-    window = images.draw_window(shape, size, augment, seeds[0])
-    objects = example["objects"]["bbox"] * tf.cast(tf.tile(shape, [2]), tf.float32)
-    moved = images.move_boxes(objects, window)
+    window = images.draw_window(tf.shape(picture)[:2], size, augment, seeds[0])
+    moved = images.move_boxes(_true_boxes(example), window)
     clipped = tf.clip_by_value(moved, 0.0, float(size))
     area, whole = (tf.reduce_prod(tf.maximum(b[:, 2:] - b[:, :2], 0.0), axis=-1) for b in (clipped, moved))
     seen = (area > 0) & (area >= _VISIBLE * whole)

@@ -25,10 +25,10 @@ _BRIGHTNESS, _CONTRAST, _TINT = 0.25, 0.25, 0.1
 _CACHE_BYTES = 2**30
 _DECODED_TO_STORED = 20  # a JPEG of good quality
 _SHUFFLED = 512  # whole pictures: they are held in memory
-# Width, height and colour of eight ways to put a square down: mirrored or not, turned by quarters.
+# Eight ways to put a square down, as matrices of steps (y, x): the first two are as it is and mirrored left to right.
 _SQUARE = np.array(
-    [[[1, 0], [0, 1]], [[-1, 0], [0, 1]], [[1, 0], [0, -1]], [[-1, 0], [0, -1]],
-     [[0, 1], [1, 0]], [[0, -1], [1, 0]], [[0, 1], [-1, 0]], [[0, -1], [-1, 0]]], "float32",
+    [[[1, 0], [0, 1]], [[1, 0], [0, -1]], [[-1, 0], [0, 1]], [[-1, 0], [0, -1]],
+     [[0, 1], [1, 0]], [[0, 1], [-1, 0]], [[0, -1], [1, 0]], [[0, -1], [-1, 0]]], "float32",
 )  # fmt: skip
 
 
@@ -141,7 +141,9 @@ def validation_windows(examples: tf.data.Dataset, options, make: Callable[[Any, 
 
 
 def to_channels(pictures: tf.Tensor, channels: int) -> tf.Tensor:
-    """Pictures of any kind, grey or colour, with or without alpha, in one number of channels; no alpha is black.
+    """Pictures of any kind, grey or colour, with or without alpha, in one number of channels.
+
+    What alpha makes transparent is black.
 
     Args:
         pictures: number `[..., 1 to 4]`, 0 to 255 (uint16: 0 to 65535).
@@ -211,9 +213,8 @@ def draw_window(shape: tf.Tensor, size: int, augment: str, seed: tf.Tensor) -> W
     seeds = tf.random.split(seed, 3)
     ways, zoom = {"none": 1, "flip": 2, "turn": 8}[augment], 1.0 if augment == "none" else _ZOOM
     way = tf.random.stateless_uniform([], seeds[0], 0, ways, tf.int32)
-    # Steps are (y, x): mirrored left to right, the second of the ways, is [[1, 0], [0, -1]].
-    square = tf.gather(tf.constant(_SQUARE[:, ::-1, ::-1]), way)
-    matrix = square * tf.exp(tf.random.stateless_uniform([], seeds[1], -np.log(zoom), np.log(zoom)))
+    scale = tf.exp(tf.random.stateless_uniform([], seeds[1], -np.log(zoom), np.log(zoom)))
+    matrix = tf.gather(tf.constant(_SQUARE), way) * scale
     half = size / 2 * tf.abs(matrix[0, 0] + matrix[0, 1])
     length = tf.cast(shape, tf.float32)
     low, high = tf.minimum(half, length - half), tf.maximum(half, length - half)

@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import tfhalf
+from apps import runner
 from tests.conftest import ROOT, run_module
 from tfhalf import checkpoint
 
@@ -54,6 +57,60 @@ def test_run_says_and_leaves_what_it_should(trained):
     assert metrics["config"]["plan"] == {"default": "mixed_float16", "layers": {}}
     assert len(list((folder / "run" / "examples").glob("*.png"))) == 10
     assert manifest.sizes["variables"] < 0.52 * 4 * 496_138
+
+
+def test_epochs_of_a_run_are_scored_again(trained, data_dir, tmp_path):
+    _, folder, _ = trained
+    program = ["benchmarks.learning_curve", f"--workdir={folder}/run", f"--data_dir={data_dir}"]
+    result = run_module(*program, f"--app={APP}")
+    assert result.returncode == 0, result.stderr
+    rows = re.findall(r"^\| (\d)( \(taken\))? \| .* \| (0\.\d{4}) \| loss (\d\.\d{4}), ", result.stdout, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == [1, 2]
+    metrics = json.loads((folder / "run" / "metrics.json").read_text())
+    (taken,) = [row for row in rows if row[1]]
+    scores = metrics["results"]["scores"]["trained"]
+    assert int(taken[0]) == metrics["best_epoch"]
+    assert taken[2:] == (f"{scores['accuracy']:.4f}", f"{scores['loss']:.4f}")
+    assert rows[0][2:] != rows[1][2:]
+    for arguments, message in (
+        (["--app=apps.image.detection"], "holds a run of image_classification"),
+        (["--app=apps.image.nothing"], r"--app=apps.image.nothing is no app \(No module .*write --app="),
+        ([f"--app={APP}", f"--workdir={tmp_path}"], "holds no run of an app"),
+    ):
+        result = run_module(*program, *arguments)
+        assert result.returncode == 1
+        assert re.search(f"^error: .*{message}", result.stderr, re.MULTILINE), result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_samples_are_of_one_shape_and_few_bytes():
+    def samples(*sizes):
+        test = tf.data.Dataset.from_generator(
+            lambda: (({"image": np.full([size, size, 1], index, "float32")}, 0) for index, size in enumerate(sizes)),
+            output_signature=({"image": tf.TensorSpec([None, None, 1])}, tf.TensorSpec([], tf.int32)),
+        )
+        found = runner._samples(runner.Data(None, 1, None, test.batch(1), {}))["image"]
+        assert found[:, 0, 0, 0].tolist() == list(range(len(found)))
+        return found.shape
+
+    assert samples(*[4] * 20) == (16, 4, 4, 1)
+    assert samples(4, 4, 5, 4) == (2, 4, 4, 1)
+    assert samples(700, 700, 700) == (2, 700, 700, 1)  # a third would be over 4 MiB
+    assert samples(2000) == (1, 2000, 2000, 1)
+
+
+def test_pictures_of_many_sizes_share_their_graphs():
+    traced = []
+
+    def serve(image):
+        traced.append(image.shape)
+        return {"mean": tf.reduce_mean(image, [1, 2])}
+
+    task = types.SimpleNamespace(serve=lambda model, data: (serve, None), decide=lambda data: lambda raw: raw)
+    answer = runner.answering(task, None, None)
+    for size in range(3, 12):
+        assert answer(image=tf.fill([1, size, 2 * size, 3], float(size)))["mean"].numpy().tolist() == [[size] * 3]
+    assert len(traced) <= 2
 
 
 @pytest.mark.slow

@@ -145,6 +145,29 @@ def test_windows_are_a_pure_function_of_seed_and_epoch():
     assert len(set(values.tolist())) == len(values), "no two windows are drawn alike"
 
 
+@pytest.mark.parametrize(("split", "num"), [("train", 10), ("train[:90%]", 9)])
+@pytest.mark.parametrize(("num_bytes", "reads"), [(1000, 1), (2**30, 2)])
+def test_only_what_is_small_is_kept_in_memory(split, num, num_bytes, reads):
+    read = []
+
+    def examples():
+        read.append(split)
+        yield from range(num)
+
+    dataset = tf.data.Dataset.from_generator(examples, output_signature=tf.TensorSpec([], tf.int32))
+    splits = {
+        "train": types.SimpleNamespace(num_bytes=num_bytes, num_examples=10),
+        "train[:90%]": types.SimpleNamespace(num_bytes=0, num_examples=9),  # as TFDS has it
+    }
+    builder = types.SimpleNamespace(
+        info=types.SimpleNamespace(splits=splits), as_dataset=lambda split, shuffle_files: dataset
+    )
+    found, count = pictures.read(builder, split)
+    assert count == num
+    assert [list(found.as_numpy_iterator()) for _ in range(2)] == [list(range(num))] * 2
+    assert len(read) == reads
+
+
 def test_validation_windows_are_the_same_for_every_seed():
     examples = tf.data.Dataset.from_tensor_slices(np.arange(5))
 
