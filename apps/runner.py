@@ -38,6 +38,7 @@ _PATH_FLAGS = {"data_dir", "workdir", "saved_model_dir", "saved_model_name", "sa
 _MACHINE_FLAGS = {"keep", "checkpoint_seconds", "num_logical_devices"}
 
 Call = Callable[..., dict[str, tf.Tensor]]
+Decide = Callable[[dict[str, tf.Tensor]], dict[str, tf.Tensor]]
 
 
 class AppError(Exception):
@@ -55,6 +56,7 @@ class Data:
         test: batches of (named inputs of `serve`, labels).
         about: facts that build_model, serve and predict need, as class names; JSON values, written into the manifest.
         shown: what a task's `show` draws, where that isn't the first validation batch.
+        resources: what `serve` uses beside the model, as a vocabulary's lookup tables: TensorFlow modules.
     """
 
     train: Callable[[int], tf.data.Dataset]
@@ -63,6 +65,7 @@ class Data:
     test: tf.data.Dataset
     about: dict[str, Any]
     shown: tf.data.Dataset | None = None
+    resources: tuple[tf.Module, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,18 +80,19 @@ class Task:
         build_model: options, data -> Keras model with float32 outputs; runs under the plan's scope.
         build_optimizer: options, number of steps in all -> Keras optimizer.
         build_loss: options -> Keras loss.
-        build_metrics: () -> Keras metrics for training.
+        build_metrics: options -> Keras metrics for training.
         monitor: the metric of validation that tells the best epoch, as "val_loss"; None: the last epoch is taken.
         serve: model, data -> (function of named inputs, its input signature).
-        decide: data -> function of what `serve` returns that gives what clients get: the step after the last number,
-            where a rounding may change sides, as suppressing boxes; None where there is none.
+        decide: model, data -> function of what `serve` returns that gives what clients get: the step after the last
+            number, where a rounding may change sides, as suppressing boxes; several by what they add to the names of
+            signatures, the first one is scored; None where there is none.
         score: served function, data -> metrics over the test part; "total" is the number of what is right or wrong:
             pictures, objects, pixels.
         metric: the one of them that decides.
         margin: largest difference of that metric between the trained model and its artefact; 1 / total at least.
         describe: metrics -> the line that reports them.
-        show: model, data -> PNG pictures by tag, after each epoch.
-        conclude: served function, data, folder -> PNG pictures by tag at the end; writes examples for apps/predict.py.
+        show: model, data -> PNG pictures (bytes) and texts in Markdown (str) by tag, after each epoch.
+        conclude: served function, data, folder -> the same at the end; writes examples for apps/predict.py.
     """
 
     name: str
@@ -98,16 +102,16 @@ class Task:
     build_model: Callable[[types.SimpleNamespace, Data], keras.Model]
     build_optimizer: Callable[[types.SimpleNamespace, int], keras.optimizers.Optimizer]
     build_loss: Callable[[types.SimpleNamespace], keras.losses.Loss]
-    build_metrics: Callable[[], list[keras.metrics.Metric]]
+    build_metrics: Callable[[types.SimpleNamespace], list[keras.metrics.Metric]]
     monitor: str | None
     serve: Callable[[keras.Model, Data], tuple[Call, dict[str, tf.TensorSpec]]]
     score: Callable[[Call, Data], dict[str, float]]
     metric: str
     margin: float
     describe: Callable[[dict[str, float]], str]
-    show: Callable[[keras.Model, Data], dict[str, bytes]]
-    conclude: Callable[[Call, Data, Path], dict[str, bytes]]
-    decide: Callable[[Data], Callable[[dict[str, tf.Tensor]], dict[str, tf.Tensor]]] | None = None
+    show: Callable[[keras.Model, Data], dict[str, bytes | str]]
+    conclude: Callable[[Call, Data, Path], dict[str, bytes | str]]
+    decide: Callable[[keras.Model, Data], Decide | dict[str, Decide]] | None = None
 
 
 def main(task: Task) -> None:
@@ -317,7 +321,8 @@ def _conclude(task, options, name, config, workdir, data, trained, measured, pro
         inputs=_samples(data),
         serve=serve,
         input_signature=signature,
-        decide=task.decide and task.decide(data),
+        decide=task.decide and task.decide(model, data),
+        resources=data.resources,
         metadata=lambda stage: _metadata(task, options, config, data, progress, scores, stage),
     )
     say(f"published {bundle}")
@@ -329,7 +334,9 @@ def _conclude(task, options, name, config, workdir, data, trained, measured, pro
 def answering(task: Task, model: keras.Model, data: Data) -> Call:
     """Returns what clients get of the model, as a function that is traced when it is first called."""
     serve, _ = task.serve(model, data)
-    decide = task.decide(data) if task.decide else lambda raw: raw
+    decide = task.decide(model, data) if task.decide else lambda raw: raw
+    if isinstance(decide, dict):
+        decide = next(iter(decide.values()))
     # Pictures of a hundred sizes shall not be a hundred graphs.
     return tf.function(lambda **inputs: decide(serve(**inputs)), autograph=False, reduce_retracing=True)
 
@@ -355,7 +362,7 @@ def build(task: Task, options: types.SimpleNamespace, data: Data) -> keras.Model
             model,
             optimizer,
             loss=task.build_loss(options),
-            metrics=task.build_metrics(),
+            metrics=task.build_metrics(options),
             jit_compile=options.jit_compile,
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             initial_scale=options.initial_scale,
@@ -433,7 +440,7 @@ def _samples(data: Data) -> dict[str, np.ndarray]:
     """The first test examples of one shape, as many as fit: no training and no choice of epoch has seen them."""
     rows: list[dict[str, np.ndarray]] = []
     for inputs, _ in data.test.unbatch().take(_NUM_SAMPLES):
-        row = {name: tensor.numpy() for name, tensor in inputs.items()}
+        row = {name: np.asarray(tensor) for name, tensor in inputs.items()}
         size = sum(array.nbytes for array in row.values())
         alike = all(row[name].shape == array.shape for name, array in rows[0].items()) if rows else True
         if rows and (not alike or (len(rows) + 1) * size > _SAMPLE_BYTES):
@@ -475,9 +482,9 @@ def _record(task: Task, workdir: Path, config, progress, scores, answer, bundle:
     try:
         examples = workdir / "examples"
         examples.mkdir(exist_ok=True)
-        pictures = task.conclude(answer, data, examples)
+        shown = task.conclude(answer, data, examples)
         results = {"scores": scores, "bundle": str(bundle)}
-        training.write_results(workdir, progress, config, results, pictures, step)
+        training.write_results(workdir, progress, config, results, shown, step)
     except OSError as error:  # the bundle is out; a full disk doesn't take it back
         say(f"the test's result couldn't be written to {workdir}: {error}; the bundle has it in its manifest")
 

@@ -14,8 +14,8 @@ import numpy as np
 from absl import app, flags
 from scipy import ndimage
 
-from apps import runner
-from apps.image import boxes, pictures
+from apps import runner, sets
+from apps.image import boxes
 from tfhalf import datasets
 
 # Brightness, and how green or dark a pixel is.
@@ -32,11 +32,11 @@ def main() -> None:
 
 
 def _run(argv: list[str]) -> None:
-    features = pictures.require_features(flags.FLAGS, "this baseline", {"image": "Image", "objects": "Sequence"})
+    features = sets.require_features(flags.FLAGS, "this baseline", {"image": "Image", "objects": "Sequence"})
     if (num_classes := features["objects"]["label"].num_classes) > 1:
         raise runner.AppError(f"--dataset={flags.FLAGS.dataset} has {num_classes} classes; this baseline tells one")
     builder = datasets.prepare(flags.FLAGS.dataset, flags.FLAGS.data_dir, print)
-    splits = dict(zip(("train", "validation", "test"), pictures.split_names(builder), strict=True))
+    splits = dict(zip(("train", "validation", "test"), sets.split_names(builder), strict=True))
     parts = {part: _read(builder, split) for part, split in splits.items()}
     truth = np.concatenate([true_boxes for _, true_boxes in parts["train"]])
     side = np.median(np.sqrt(np.prod(truth[:, 2:] - truth[:, :2], axis=1)))

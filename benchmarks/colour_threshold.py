@@ -12,8 +12,8 @@ import sys
 import numpy as np
 from absl import app, flags
 
-from apps import runner
-from apps.image import masks, pictures
+from apps import runner, sets
+from apps.image import masks
 from tfhalf import datasets
 
 _BITS = 5  # of 8 in each channel
@@ -29,9 +29,9 @@ def main() -> None:
 
 def _run(argv: list[str]) -> None:
     wanted = {"image": "Image", "segmentation_mask": "LabeledImage"}
-    names = pictures.require_features(flags.FLAGS, "this baseline", wanted)["segmentation_mask"].names
+    names = sets.require_features(flags.FLAGS, "this baseline", wanted)["segmentation_mask"].names
     builder = datasets.prepare(flags.FLAGS.dataset, flags.FLAGS.data_dir, print)
-    splits = dict(zip(("train", "validation", "test"), pictures.split_names(builder), strict=True))
+    splits = dict(zip(("train", "validation", "test"), sets.split_names(builder), strict=True))
     parts = {part: _pixels(builder, split) for part, split in splits.items()}
     rules = {
         "threshold": fit_threshold(*parts["train"], len(names)),

@@ -133,7 +133,8 @@ def load_saved_model(
 
     Args:
         directory: the version folder.
-        signature: "serving_default", "serving_float32" or "serving_bfloat16", or one of them with `_raw`.
+        signature: "serving_default", "serving_float32" or "serving_bfloat16", or one of them with what a decision
+            added, as `_raw`.
 
     Returns:
         A function from inputs (arrays by name, or one array) to arrays by name: float32, or what was decided.
@@ -217,7 +218,8 @@ def _difference(seen: np.ndarray, expected: np.ndarray) -> float:
 
     Infinite for a wrong shape or dtype, or a NaN; 1 where whole numbers or strings differ.
     """
-    if seen.shape != expected.shape or seen.dtype != expected.dtype:
+    both_strings = seen.dtype.kind == expected.dtype.kind == "S"  # of the width of the longest one
+    if seen.shape != expected.shape or (seen.dtype != expected.dtype and not both_strings):
         return float("inf")
     if seen.dtype.kind != "f":
         return 0.0 if np.array_equal(seen, expected) else 1.0

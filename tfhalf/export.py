@@ -20,13 +20,14 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ EXACT_TOLERANCE = 1e-4
 _MAX_FLUSHED_SHARE = 0.01
 _WARMUP_RECORDS = 4
 
+# From what `serve` returns to what clients get.
+Decide = Callable[[dict[str, tf.Tensor]], Mapping[str, tf.Tensor]]
+
 _PACKAGES = ("tensorflow", "keras", "numpy", "protobuf")
 
 
@@ -58,7 +62,8 @@ def export_saved_model(
     storage_dtype: str = "float16",
     tolerance: float | None = None,
     metadata: dict | Callable[[Path], dict] | None = None,
-    decide: Callable[[dict[str, tf.Tensor]], Mapping[str, tf.Tensor]] | None = None,
+    decide: Decide | Mapping[str, Decide] | None = None,
+    resources: Sequence[Any] = (),
 ) -> bundle.Manifest:
     """Writes a verified SavedModel; publishes it in one rename, or not at all.
 
@@ -78,6 +83,8 @@ def export_saved_model(
             turn, as the largest class or the boxes that stay (in a fixed number of rows). Each signature gets it, and a
             twin without it, `<name>_raw`. The twin is compared with the training model; of what is decided only names,
             shapes, dtypes and that it is finite can be held to that, so judge it by its metric, in `metadata`.
+            Several, by what is added to the signatures' names: `{"": beam_search, "_greedy": greedy_search}`.
+        resources: what `serve` uses beside the model's weights: lookup tables, or `tf.Module`s that hold them.
 
     Returns:
         The bundle's `Manifest`.
@@ -113,7 +120,10 @@ def export_saved_model(
         raise bundle.ExportError(f"{directory} exists; choose another version")
     try:
         with _staging(directory) as stage:
-            manifest = _write(model, stage, samples, serve, decide, input_signature, storage_dtype, tolerance, metadata)
+            served = functools.partial(_served, serve=serve, decide=decide)
+            manifest = _write(
+                model, stage, samples, served, input_signature, storage_dtype, tolerance, metadata, resources
+            )
             _publish(stage, directory)
     except (OSError, tf.errors.OpError) as error:
         raise bundle.ExportError(
@@ -123,16 +133,17 @@ def export_saved_model(
 
 
 def _write(
-    model, stage: Path, samples, serve, decide, input_signature, storage_dtype, tolerance, metadata
+    model, stage: Path, samples, served, input_signature, storage_dtype, tolerance, metadata, resources
 ) -> bundle.Manifest:
     """Fills the staging folder and verifies what it wrote."""
     variables, kept = _half_variables(model, storage_dtype)
     module = tf.Module()
     module.stored = [stored for _, stored in variables]
+    module.resources = list(resources)
     functions, expected, computes = {}, {}, {}
     for name, scope in _signature_scopes(model).items():
         with scope, precision.without_kernels(model):  # what a laptop exports runs natively on a GPU
-            for signature, function in _served(name, serve, decide).items():
+            for signature, function in served(name).items():
                 computes[signature] = sorted(precision.compute_dtypes(model))
                 functions[signature] = _trace(function, input_signature, variables)
                 # The same trace over the model's own float32 variables is what the artefact is compared with.
@@ -145,7 +156,7 @@ def _write(
         tf.saved_model.save(module, str(stage), signatures=functions)
     except AssertionError as error:  # TensorFlow's way to say that a table or a variable isn't the module's
         raise bundle.ExportError(
-            f"serve uses a resource that isn't a weight of the model: {bundle.first_line(error)}"
+            f"serve uses a resource that isn't a weight of the model or one of `resources`: {bundle.first_line(error)}"
         ) from error
     bundle.check_operations(stage)
     (stage / bundle.EXTRA).mkdir()
@@ -155,9 +166,10 @@ def _write(
     _write_warmup(stage, samples)
     errors = bundle.replay(stage)
     signatures = {}
+    decides = any(name.endswith(bundle.RAW) for name in functions)
     for name, function in functions.items():
         allowed = _tolerance(computes[name], storage_dtype) if tolerance is None else tolerance
-        if name + bundle.RAW in functions:
+        if decides and not name.endswith(bundle.RAW):
             allowed = None
         outputs = dict(function.structured_outputs)
         bundle.check_errors(name, errors.get(name, {}), outputs.keys(), allowed)
@@ -255,7 +267,12 @@ def _served(name: str, serve, decide) -> dict[str, Callable]:
     """The functions behind one signature's name: with its decisions, and without."""
     if decide is None:
         return {name: serve}
-    return {name: lambda **inputs: decide(serve(**inputs)), name + bundle.RAW: serve}
+
+    def decided(choose: Decide) -> Callable:
+        return lambda **inputs: choose(serve(**inputs))
+
+    decisions = decide if isinstance(decide, Mapping) else {"": decide}
+    return {name + added: decided(choose) for added, choose in decisions.items()} | {name + bundle.RAW: serve}
 
 
 def _trace(serve, input_signature, variables):

@@ -1,8 +1,8 @@
 """What a person sees of a run: a progress bar or lines in a log, and TensorBoard.
 
 In a terminal it is Keras' bar; in a log file one line every half minute and one for each epoch. TensorBoard gets
-losses, metrics, learning rate, loss scale, skipped steps, pictures, the settings and the graph. Nothing here changes
-the run.
+losses, metrics, learning rate, loss scale, skipped steps, pictures, texts, the settings and the graph. Nothing here
+changes the run.
 """
 
 import json
@@ -56,7 +56,7 @@ class ProgressBar(keras.callbacks.Callback):
 
 
 class TensorBoard(keras.callbacks.Callback):
-    """Losses, metrics, learning rate, loss scale, skipped steps, pictures, the settings and the graph."""
+    """Losses, metrics, learning rate, loss scale, skipped steps, pictures, texts, the settings and the graph."""
 
     def __init__(self, folder: Path, progress, config: dict, steps_per_epoch: int, show):
         super().__init__()
@@ -101,7 +101,7 @@ class TensorBoard(keras.callbacks.Callback):
             with writer.as_default(step):
                 tf.summary.scalar(f"epoch/{name.removeprefix('val_')}", value)
         with self._validation.as_default(step):
-            write_pngs(self._show(self.model) if self._show else {})
+            write_shown(self._show(self.model) if self._show else {})
         self._train.flush()
         self._validation.flush()
 
@@ -115,10 +115,13 @@ def optimizer_state(optimizer: keras.optimizers.Optimizer) -> dict[str, float]:
     return state
 
 
-def write_pngs(pictures: dict[str, bytes]) -> None:
-    """Adds PNG pictures, by tag, to the default summary writer at its step."""
-    for tag, png in pictures.items():
-        tf.summary.image(tag, tf.io.decode_png(png, channels=3)[tf.newaxis])
+def write_shown(shown: dict[str, bytes | str]) -> None:
+    """Adds PNG pictures (bytes) and texts in Markdown (str), by tag, to the default summary writer at its step."""
+    for tag, value in shown.items():
+        if isinstance(value, str):
+            tf.summary.text(tag, value)
+        else:
+            tf.summary.image(tag, tf.io.decode_png(value, channels=3)[tf.newaxis])
 
 
 def floats(logs) -> dict[str, float]:

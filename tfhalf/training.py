@@ -193,23 +193,23 @@ def write_results(
     progress: Progress,
     config: dict[str, Any],
     results: dict[str, Any],
-    pictures: dict[str, bytes],
+    shown: dict[str, bytes | str],
     step: int,
 ) -> None:
-    """Adds what was measured after training to `metrics.json`, and pictures of it to TensorBoard.
+    """Adds what was measured after training to `metrics.json`, and what is to be seen of it to TensorBoard.
 
     Args:
         workdir: the run's folder.
         progress: as `fit` returned it.
         config: as given to `fit`.
         results: JSON values, added to `metrics.json` as "results".
-        pictures: PNG pictures by tag.
+        shown: PNG pictures (bytes) and texts in Markdown (str), by tag.
         step: training steps taken in all.
     """
     folder = Path(workdir)
     _write_metrics(folder, progress, config, results)
     with tf.summary.create_file_writer(str(folder / "tensorboard" / "validation")).as_default(step):
-        reporting.write_pngs(pictures)
+        reporting.write_shown(shown)
 
 
 class StopWhenStalled(keras.callbacks.Callback):

@@ -20,9 +20,9 @@ import tensorflow as tf
 from absl import flags
 from matplotlib.figure import Figure
 
-from apps import runner
+from apps import figures, presets, runner, sets
 from apps.image import resnet
-from apps.image.pictures import epoch_seed, require_features, split_names, to_channels, to_png
+from apps.image.pictures import to_channels
 
 _CACHE_BYTES = 2**30
 _SHUFFLE_BYTES = 2**29
@@ -59,8 +59,8 @@ def build_model(options, data: runner.Data) -> keras.Model:
     size, channels, classes = options.image_size, data.about["channels"], len(data.about["class_names"])
     pictures = keras.Input([size, size, channels], name="picture")
     x = _augment(pictures, options)
-    if options.model.startswith("keras_hub:"):
-        x = _pretrained_features(x, options.model.removeprefix("keras_hub:"))
+    if presets.is_preset(options.model):
+        x = _pretrained_features(x, options.model)
     else:
         # Scaled to [-1, 1] in float32: half has 11 bits, and a picture's 8 shall all arrive.
         x = keras.layers.Rescaling(1 / 127.5, offset=-1.0, dtype="float32", name="scale")(x)
@@ -99,20 +99,12 @@ def _resnet(x, options):
     return keras.layers.GlobalAveragePooling2D(name="pool")(x)
 
 
-def _pretrained_features(x, preset: str):
+def _pretrained_features(x, model: str):
     """A KerasHub backbone with its own scaling, and global average pooling."""
-    try:
-        import keras_hub
-    except ImportError as error:
-        raise runner.AppError("--model=keras_hub:... needs KerasHub: pip install 'tfhalf[hub]'") from error
-    try:
-        backbone = keras_hub.models.Backbone.from_preset(preset)
-        converter = keras_hub.layers.ImageConverter.from_preset(preset)
-    except Exception as error:  # KerasHub passes on what each of its four download clients raises
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise runner.AppError(
-            f"--model=keras_hub:{preset} can't be loaded: {reason}; it needs the web, or a folder"
-        ) from error
+    import keras_hub  # here: it takes seconds, and other models don't need it
+
+    backbone = presets.load(keras_hub.models.Backbone, model)
+    converter = presets.load(keras_hub.layers.ImageConverter, model)
     if x.shape[-1] == 1:
         x = keras.layers.Concatenate(dtype="float32", name="grey_to_rgb")([x, x, x])
     scale, offset = (
@@ -133,7 +125,7 @@ def build_loss(options) -> keras.losses.Loss:
     return keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=options.label_smoothing)
 
 
-def build_metrics() -> list[keras.metrics.Metric]:
+def build_metrics(options) -> list[keras.metrics.Metric]:
     """Accuracy."""
     return [keras.metrics.CategoricalAccuracy(name="accuracy")]
 
@@ -145,9 +137,9 @@ def load_data(options) -> runner.Data:
     """Reads any TFDS set with a picture and a class."""
     _check_options(options)
     wanted = {"image": "Image", "label": "ClassLabel"}
-    features = require_features(options, "image classification", wanted)
+    features = sets.require_features(options, "image classification", wanted)
     builder = runner.prepare_dataset(options)
-    train, validation, test = split_names(builder)
+    train, validation, test = sets.split_names(builder)
     class_names = features["label"].names
     channels = 1 if features["image"].shape[-1] in (1, 2) else 3
 
@@ -172,7 +164,7 @@ def load_data(options) -> runner.Data:
     buffer = max(1, min(num_train, _SHUFFLE_BYTES // (options.image_size**2 * channels * 4)))
 
     def train_data(epoch: int) -> tf.data.Dataset:
-        shuffled = train_set.shuffle(buffer, seed=epoch_seed(options.seed, epoch), reshuffle_each_iteration=False)
+        shuffled = train_set.shuffle(buffer, seed=sets.epoch_seed(options.seed, epoch), reshuffle_each_iteration=False)
         return shuffled.batch(options.batch_size, drop_remainder=True).map(one_hot).prefetch(tf.data.AUTOTUNE)
 
     return runner.Data(
@@ -185,7 +177,7 @@ def load_data(options) -> runner.Data:
 
 
 def _check_options(options) -> None:
-    if options.model not in ("convnet", "resnet") and not re.fullmatch("keras_hub:.+", options.model):
+    if options.model not in ("convnet", "resnet") and not presets.is_preset(options.model):
         raise runner.AppError(f"--model={options.model} must be convnet, resnet or keras_hub:<preset>")
     if options.model != "resnet" and "depth" in options.given:
         raise runner.AppError(f"--depth has no effect on --model={options.model}; leave it out")
@@ -264,7 +256,7 @@ def show(model: keras.Model, data: runner.Data) -> dict[str, bytes]:
         title = f"{names[row.argmax()]} {row.max():.0%}" + ("" if right else f"\nis {names[target.argmax()]}")
         axes.set_title(title, fontsize=10, color="black" if right else "crimson")
         axes.set_axis_off()
-    return {"predictions": to_png(figure)}
+    return {"predictions": figures.to_png(figure)}
 
 
 def conclude(call: runner.Call, data: runner.Data, folder: Path) -> dict[str, bytes]:
@@ -282,23 +274,7 @@ def conclude(call: runner.Call, data: runner.Data, folder: Path) -> dict[str, by
             (folder / f"{name}.png").write_bytes(png.numpy())
         if not left:
             break
-    return {"confusion_matrix": to_png(_confusion_figure(counts, names))}
-
-
-def _confusion_figure(counts: np.ndarray, names: list[str]) -> Figure:
-    size = 2 + 0.32 * min(len(names), 40)  # inches: small enough to be read in TensorBoard's thumbnail
-    figure = Figure(figsize=(size, size), layout="constrained")
-    axes = figure.add_subplot()
-    shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="predicted", ylabel="is", title="Test part: number of pictures")
-    if len(names) <= 40:
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(names)), names)
-        for row, column in zip(*np.nonzero(counts), strict=True):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=9)
-    return figure
+    return {"confusion_matrix": figures.to_png(figures.confusion_matrix(counts, names, "pictures"))}
 
 
 def _predict(call: runner.Call, dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:

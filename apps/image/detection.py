@@ -26,7 +26,7 @@ from absl import flags
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from apps import runner
+from apps import figures, runner, sets
 from apps.image import boxes as box_math
 from apps.image import pictures as images
 from apps.image import resnet
@@ -203,7 +203,7 @@ class PlacePrecision(keras.metrics.AUC):
         return {"name": self.name, "dtype": self.dtype}
 
 
-def build_metrics() -> list[keras.metrics.Metric]:
+def build_metrics(options) -> list[keras.metrics.Metric]:
     """How places are ranked; average precision of boxes needs whole pictures."""
     return [PlacePrecision()]
 
@@ -214,7 +214,7 @@ def build_metrics() -> list[keras.metrics.Metric]:
 def load_data(options) -> runner.Data:
     """Reads any TFDS set with pictures, boxes and classes."""
     _check_options(options)
-    features = images.require_features(options, "object detection", {"image": "Image", "objects": "Sequence"})
+    features = sets.require_features(options, "object detection", {"image": "Image", "objects": "Sequence"})
     kinds = {name: type(feature).__name__ for name, feature in dict(features["objects"].feature).items()}
     if kinds.get("bbox") != "BBoxFeature" or kinds.get("label") != "ClassLabel":
         listing = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
@@ -248,7 +248,7 @@ def load_data(options) -> runner.Data:
 
 def _splits(builder) -> tuple[str, str, str]:
     """Train, validation and test; coco keeps the boxes of its test part to itself."""
-    splits = images.split_names(builder)
+    splits = sets.split_names(builder)
     if splits[2] == "test" and "validation" in builder.info.splits:
         first = builder.as_dataset(split="test", shuffle_files=False).take(_LOOKED_AT)
         if not any(len(example["objects"]["bbox"]) for example in first):
@@ -308,7 +308,7 @@ def serve(model: keras.Model, data: runner.Data):
     return detect, {"image": tf.TensorSpec([None, None, None, None], tf.float32)}
 
 
-def decide(data: runner.Data):
+def decide(model: keras.Model, data: runner.Data):
     """Returns the step from boxes and scores of all places to detections."""
 
     def detections(raw):
@@ -342,7 +342,7 @@ def describe(scores: dict[str, float]) -> str:
 
 def show(model: keras.Model, data: runner.Data) -> dict[str, bytes]:
     """The first validation pictures with what the model sees in them."""
-    detect, choose = serve(model, data)[0], decide(data)
+    detect, choose = serve(model, data)[0], decide(model, data)
     return {"detections": _draw(lambda **inputs: choose(detect(**inputs)), data.shown, data.about["class_names"])}
 
 
@@ -355,7 +355,7 @@ def conclude(call: runner.Call, data: runner.Data, folder: Path) -> dict[str, by
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title="Test part, IoU 0.5")
     images.write_examples([inputs["image"][0] for inputs, _ in data.test.take(_SHOWN)], folder)
     drawn = _draw(call, data.test.take(_SHOWN), data.about["class_names"])
-    return {"test_detections": drawn, "precision_recall": images.to_png(figure)}
+    return {"test_detections": drawn, "precision_recall": figures.to_png(figure)}
 
 
 def _draw(call: runner.Call, dataset: tf.data.Dataset, names: list[str]) -> bytes:
@@ -374,7 +374,7 @@ def _draw(call: runner.Call, dataset: tf.data.Dataset, names: list[str]) -> byte
             axes.text(box[1], box[0], text, color="orange", fontsize=6, va="bottom")
         axes.set_title(f"{len(truth['boxes'][0])} there, {shown} found", fontsize=10)
         axes.set_axis_off()
-    return images.to_png(figure)
+    return figures.to_png(figure)
 
 
 def _outline(axes, box: np.ndarray, **style) -> None:

@@ -1,11 +1,10 @@
-"""What image tasks share: pictures of every kind, honest parts, windows cut out at random, figures.
+"""What image tasks share: pictures of every kind, windows cut out at random, files to try.
 
 A window is a square that is cut out of a picture by one linear map: moved, zoomed, mirrored and turned by quarters in a
 single resampling, so that boxes (which stay boxes) and masks (whose classes are never mixed) follow exactly. Everything
 here is float32: half rounds grey values and pixel numbers.
 """
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +13,8 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl import flags
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from apps import runner
+from apps import runner, sets
 
 AUGMENTATIONS = ("none", "flip", "turn")
 _ZOOM = 1.5
@@ -54,45 +51,6 @@ def define_flags(values: flags.FlagValues, image_size: int, windows: int, multip
     flags.DEFINE_enum("augment", "turn", AUGMENTATIONS, augment_help, **here)
 
 
-def require_features(options, task: str, wanted: dict[str, str]) -> tfds.features.FeaturesDict:
-    """Returns the features of `--dataset`, without fetching it.
-
-    Args:
-        options: the parsed flags.
-        task: as "image classification", for the error.
-        wanted: feature to the names of its kinds, as "Image or LabeledImage".
-
-    Raises:
-        AppError: one is missing or of another kind.
-    """
-    features = runner.describe_dataset(options).info.features
-    found = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {"": features}
-    kinds = {name: type(feature).__name__ for name, feature in found.items()}
-    if any(kinds.get(name) not in kind.split(" or ") for name, kind in wanted.items()):
-        listing = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-        needed = " and ".join(f"{name} ({kind})" for name, kind in wanted.items())
-        raise runner.AppError(f"--dataset={options.dataset} has the features {listing}; {task} needs {needed}")
-    return features
-
-
-def split_names(builder: tfds.core.DatasetBuilder) -> tuple[str, str, str]:
-    """Train, validation and test; nobody chooses an epoch on the test part."""
-    names = set(builder.info.splits)
-    if "train" not in names:
-        raise runner.AppError(f"{builder.name} has no train split; it has {', '.join(sorted(names))}")
-    if {"validation", "test"} <= names:
-        return "train", "validation", "test"
-    for test in ("test", "validation"):
-        if test in names:
-            return "train[:90%]", "train[90%:]", test
-    return "train[:80%]", "train[80%:90%]", "train[90%:]"
-
-
-def epoch_seed(seed: int, epoch: int) -> int:
-    """Returns the seed of one epoch's order and changes, 0 to 2^32-1."""
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-
-
 def read(builder: tfds.core.DatasetBuilder, split: str) -> tuple[tf.data.Dataset, int]:
     """Returns a part's examples in their order, kept in memory where they are few, and their number."""
     dataset, num = builder.as_dataset(split=split, shuffle_files=False), builder.info.splits[split].num_examples
@@ -124,7 +82,7 @@ def training_windows(
         )
 
     def batches(epoch: int) -> tf.data.Dataset:
-        seed = epoch_seed(options.seed, epoch)
+        seed = sets.epoch_seed(options.seed, epoch)
         shuffled = examples.repeat(options.windows).shuffle(_SHUFFLED, seed=seed, reshuffle_each_iteration=False)
         windows = shuffled.enumerate()
         windows = windows.map(lambda index, example: make(example, tf.stack([seed, index])), tf.data.AUTOTUNE)
@@ -282,10 +240,3 @@ def write_examples(pictures: list[np.ndarray], folder: Path) -> None:
     for number, picture in enumerate(pictures, 1):
         png = tf.io.encode_png(tf.cast(tf.round(picture), tf.uint8))
         (folder / f"picture{number}.png").write_bytes(png.numpy())
-
-
-def to_png(figure: Figure) -> bytes:
-    """Returns a figure as a PNG."""
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()

@@ -26,7 +26,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from apps import runner
+from apps import figures, runner, sets
 from apps.image import masks, pictures, resnet
 
 _COUNTED = 2000  # training masks that the weights of classes come from
@@ -109,7 +109,7 @@ def build_loss(options) -> keras.losses.Loss:
     return masks.CrossEntropyAndDice(options.dice_weight)
 
 
-def build_metrics() -> list[keras.metrics.Metric]:
+def build_metrics(options) -> list[keras.metrics.Metric]:
     """Mean IoU."""
     return [masks.MeanIoU()]
 
@@ -126,14 +126,14 @@ def load_data(options) -> runner.Data:
             f"choose a multiple of {multiple}"
         )
     wanted = {"image": "Image", "segmentation_mask": "Image or LabeledImage"}
-    features = pictures.require_features(options, "segmentation", wanted)
+    features = sets.require_features(options, "segmentation", wanted)
     if features["segmentation_mask"].shape[-1] != 1:
         raise runner.AppError(
             f"--dataset={options.dataset}: its segmentation_mask has the shape {features['segmentation_mask'].shape}; "
             "segmentation needs one channel that holds classes"
         )
     builder = runner.prepare_dataset(options)
-    train, validation, test = pictures.split_names(builder)
+    train, validation, test = sets.split_names(builder)
     lowest, about = _classes(options, features["segmentation_mask"], builder, train)
     channels = 1 if features["image"].shape[-1] in (1, 2) else 3
 
@@ -200,7 +200,7 @@ def serve(model: keras.Model, data: runner.Data):
     return segment, {"image": tf.TensorSpec([None, None, None, None], tf.float32)}
 
 
-def decide(data: runner.Data):
+def decide(model: keras.Model, data: runner.Data):
     """The most likely class of each pixel."""
 
     def most_likely(outputs):
@@ -236,7 +236,7 @@ def show(model: keras.Model, data: runner.Data) -> dict[str, bytes]:
     windows, targets = next(iter(data.validation))
     logits = model(windows[:_SHOWN], training=False)
     rows = zip(windows.numpy(), targets.numpy()[..., 0].astype(int), np.argmax(logits, -1), strict=False)
-    return {"predictions": pictures.to_png(_overlays(list(rows), data.about["class_names"]))}
+    return {"predictions": figures.to_png(_overlays(list(rows), data.about["class_names"]))}
 
 
 def conclude(call: runner.Call, data: runner.Data, folder: Path) -> dict[str, bytes]:
@@ -257,7 +257,7 @@ def conclude(call: runner.Call, data: runner.Data, folder: Path) -> dict[str, by
     ious = [masks.overlaps(counts, names).get(f"iou_{name}", 0.0) for name in names]
     axes = bars.add_subplot(xlim=(0, 1.2), title="Test part: IoU")
     axes.bar_label(axes.barh(names[::-1], ious[::-1]), fmt="%.3f", padding=2)
-    return {"iou": pictures.to_png(bars), "examples": pictures.to_png(_overlays(rows, names))}
+    return {"iou": figures.to_png(bars), "examples": figures.to_png(_overlays(rows, names))}
 
 
 def _overlays(rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], names: list[str]) -> Figure:

@@ -106,7 +106,7 @@ def test_pictures_of_many_sizes_share_their_graphs():
         traced.append(image.shape)
         return {"mean": tf.reduce_mean(image, [1, 2])}
 
-    task = types.SimpleNamespace(serve=lambda model, data: (serve, None), decide=lambda data: lambda raw: raw)
+    task = types.SimpleNamespace(serve=lambda model, data: (serve, None), decide=lambda model, data: lambda raw: raw)
     answer = runner.answering(task, None, None)
     for size in range(3, 12):
         assert answer(image=tf.fill([1, size, 2 * size, 3], float(size)))["mean"].numpy().tolist() == [[size] * 3]

@@ -138,7 +138,7 @@ def served(model, picture: np.ndarray, about=ABOUT):
     data = runner.Data(None, 1, None, None, about)
     detect, _ = detection.serve(model, data)
     raw = detect(tf.constant(picture))
-    return raw, detection.decide(data)(raw)
+    return raw, detection.decide(None, data)(raw)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 3), (31, 77, 1), (64, 64, 4), (40, 50, 2), (2000, 300, 3)])
@@ -276,7 +276,7 @@ def test_ranking_of_places_agrees_with_sklearn():
     targets[..., 0] = random.integers(-1, 2, [4, 50])
     outputs = random.normal(size=[4, 50, 7]).astype("float32")
     outputs[..., :2] += 2 * (targets[..., :1] == [0, 1])
-    metric = detection.build_metrics()[0]
+    metric = detection.build_metrics(None)[0]
     for half in (slice(0, 2), slice(2, 4)):
         metric.update_state(targets[half], outputs[half])
     expected = sklearn_metrics.average_precision_score((targets[..., :1] == [0, 1]).ravel(), outputs[..., :2].ravel())

@@ -187,17 +187,3 @@ def test_a_batch_needs_windows():
     options = types.SimpleNamespace(seed=0, windows=2, batch_size=40)
     with pytest.raises(runner.AppError, match=r"--batch_size=40 is more than the 20 windows .* or raise --windows"):
         pictures.training_windows(tf.data.Dataset.range(10), 10, options, lambda example, seed: example)
-
-
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        ("train test", ("train[:90%]", "train[90%:]", "test")),
-        ("train validation test", ("train", "validation", "test")),
-        ("train validation", ("train[:90%]", "train[90%:]", "validation")),
-        ("train", ("train[:80%]", "train[80%:90%]", "train[90%:]")),
-    ],
-)
-def test_no_epoch_is_chosen_on_the_test_part(names, expected):
-    builder = types.SimpleNamespace(name="x", info=types.SimpleNamespace(splits=dict.fromkeys(names.split())))
-    assert pictures.split_names(builder) == expected

@@ -34,7 +34,7 @@ def test_score_agrees_with_sklearn():
     probabilities = random.dirichlet(np.ones(3), [6, 9, 8]).astype("float32")
     indices = np.arange(6, dtype="float32")
     dataset = tf.data.Dataset.from_tensor_slices(({"image": indices}, labels)).batch(4)
-    choose = segmentation.decide(data_for())
+    choose = segmentation.decide(None, data_for())
 
     def call(image):
         return choose({"probabilities": tf.gather(probabilities, tf.cast(image, tf.int32))})
@@ -121,7 +121,7 @@ def test_large_picture_is_answered_in_its_own_size():
     truth[100:200, 900:2100], truth[350:, :] = 1, 2
     picture = np.where(truth[..., np.newaxis] == np.arange(3), 0.98, 0.01).astype("float32")
     serve, _ = segmentation.serve(log_of_channels, data_for())
-    outputs = segmentation.decide(data_for())(serve(tf.constant(picture[np.newaxis])))
+    outputs = segmentation.decide(None, data_for())(serve(tf.constant(picture[np.newaxis])))
     assert outputs["class_map"].dtype == tf.int32
     assert outputs["class_map"].shape == (1, 500, 3000)
     np.testing.assert_allclose(tf.reduce_sum(outputs["probabilities"], -1), 1, atol=1e-6)
@@ -250,7 +250,7 @@ def test_figures_and_files(folder, tmp_path):
     data = load(folder, "--batch_size=4")
     model = runner.build(segmentation.TASK, options_for(segmentation.TASK, "--width=4", "--depth=1"), data)
     serve, _ = segmentation.serve(model, data)
-    choose = segmentation.decide(data)
+    choose = segmentation.decide(None, data)
     figures = segmentation.show(model, data) | segmentation.conclude(lambda image: choose(serve(image)), data, tmp_path)
     for png in figures.values():
         assert tf.io.decode_png(png).shape[-1] == 4
