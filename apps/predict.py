@@ -1,16 +1,20 @@
-"""Predicts with an exported bundle: TensorFlow, Pillow to draw, and nothing of ours.
+"""Predicts with an exported bundle: TensorFlow, Pillow to draw, and no Keras and no tfhalf.
 
     python -m apps.predict --saved_model=saved_models/image_classification_mnist_5k/1 picture.png folder/
     python -m apps.predict --saved_model=saved_models/image_classification_mnist_5k --json picture.png
     python -m apps.predict --saved_model=saved_models/object_detection_deepforest --output=drawn/ folder/
     python -m apps.predict --saved_model=saved_models/semantic_segmentation_blue_marble --output=land.png earth.jpg
+    python -m apps.predict --saved_model=saved_models/text_classification_reuters_r8 "profits rose" text.txt folder/
+    python -m apps.predict --saved_model=saved_models/machine_translation_bible_en_es "In the beginning"
 
-The manifest says which task a bundle is for: image_classification prints the likeliest classes, object_detection the
-boxes, semantic_segmentation each class' share of the pixels. `--output` draws boxes or masks over the pictures.
+The manifest says which task a bundle is for: classification prints the likeliest classes, object_detection the boxes,
+semantic_segmentation each class' share of the pixels, sentiment what the text is or its rating, machine_translation the
+translation. `--output` draws boxes or masks over the pictures. A text is an argument that is no file or folder, or what
+a file holds, as a whole; of a folder all .txt files.
 
 It imports neither Keras nor tfhalf, so what it prints is what any server would answer. Every file's sha256 is checked
-against the manifest before anything is loaded. A picture that can't be read or predicted gets an error line and exit
-status 1; the others are predicted all the same.
+against the manifest before anything is loaded. A picture or text that can't be read or predicted gets an error line and
+exit status 1; the others are predicted all the same.
 """
 
 import contextlib
@@ -26,19 +30,16 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from apps import drawing
+
+_TEXT_SUFFIX = ".txt"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 _MANIFEST = "assets.extra/manifest.json"
 _TOP_K, _MIN_SCORE = 3, 0.5
 _NUM_TOLD = 3  # boxes or classes in a line of text; --json has all
-
-# Okabe and Ito, "Color universal design", 2008 (https://jfly.uni-koeln.de/color/): told apart by colour-blind people.
-# Black is left out, which is no colour on a dark picture. After seven classes come darker shades of the same.
-_COLOURS = ((213, 94, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (204, 121, 167), (230, 159, 0))
-_SHADES = (1, 0.6, 0.35)
-_MASK_OPACITY = 0.5
-_BACKGROUND = "background"  # a class of this name is what isn't any other: it stays as it is
+_NAME_CHARACTERS = 60  # of a text that stands for itself in a line
 
 
 class PredictError(Exception):
@@ -54,20 +55,39 @@ class Options(NamedTuple):
     output: str | None = None
 
 
+class Item(NamedTuple):
+    """Something to predict: a file, or a text that stands for itself."""
+
+    file: Path | None = None
+    text: str = ""
+
+    @property
+    def name(self) -> str:
+        """What it is called in a line."""
+        if self.file is not None:
+            return str(self.file)
+        words = " ".join(self.text.split())
+        return json.dumps(
+            words if len(words) <= _NAME_CHARACTERS else words[: _NAME_CHARACTERS - 1] + "…", ensure_ascii=False
+        )
+
+
 class Task(NamedTuple):
     """A kind of bundle.
 
+    input: "image" or "text".
     outputs: what its signatures must give.
     flags: which of `top_k`, `min_score` and `output` have an effect.
     answer: outputs for one picture, class names, options -> a JSON object.
-    text: that object -> a line of text.
+    line: that object -> a line.
     draw: picture, outputs, that object, class names -> the picture with what was found; None where nothing is drawn.
     """
 
+    input: str
     outputs: tuple[str, ...]
     flags: tuple[str, ...]
     answer: Callable[[dict, list, Options], dict]
-    text: Callable[[dict], str]
+    line: Callable[[dict], str]
     draw: Callable[[Image.Image, dict, dict, list], Image.Image] | None = None
 
 
@@ -75,11 +95,10 @@ def define_flags(values: flags.FlagValues) -> None:
     """Defines this program's flags."""
     flags.DEFINE_string("saved_model", None, "Bundle: a version folder, or the folder above it (then its newest "
                         "version is taken).", flag_values=values, required=True)  # fmt: skip
-    flags.DEFINE_string(
-        "signature", "serving_default", "serving_default, serving_float32 or serving_bfloat16.", flag_values=values
-    )
+    flags.DEFINE_string("signature", "serving_default", "serving_default, serving_float32 or serving_bfloat16; of a "
+                        "translation model each also with _greedy.", flag_values=values)  # fmt: skip
     # These three have no default here: given with a task that they do nothing for, they are an error.
-    flags.DEFINE_integer("top_k", None, f"Classification: classes to print for each picture, 1 or more; {_TOP_K} if "
+    flags.DEFINE_integer("top_k", None, f"Classification: classes to print for each one, 1 or more; {_TOP_K} if "
                          "not given.", lower_bound=1, flag_values=values)  # fmt: skip
     flags.DEFINE_float("min_score", None, "Detection: boxes with a lower score, 0 to 1, are neither printed nor drawn; "
                        f"{_MIN_SCORE} if not given.", lower_bound=0, upper_bound=1, flag_values=values)  # fmt: skip
@@ -95,10 +114,10 @@ def main() -> None:
     app.run(lambda argv: sys.exit(_exit_code(flags.FLAGS, argv[1:])))
 
 
-def _exit_code(values: flags.FlagValues, paths: list[str]) -> int:
+def _exit_code(values: flags.FlagValues, arguments: list[str]) -> int:
     options = Options(values.json, values.top_k, values.min_score, values.output)
     try:
-        return predict(values.saved_model, values.signature, _files(paths), options)
+        return predict(values.saved_model, values.signature, arguments, options)
     except PredictError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -106,41 +125,48 @@ def _exit_code(values: flags.FlagValues, paths: list[str]) -> int:
         return 130
 
 
-def predict(saved_model: str, signature: str, files: list[Path], options: Options) -> int:
-    """Prints, and draws where `output` says, a prediction for each picture; returns the exit status."""
+def predict(saved_model: str, signature: str, arguments: list[str], options: Options) -> int:
+    """Prints, and draws where `output` says, a prediction for each picture or text; returns the exit status."""
+    if not arguments:
+        raise PredictError('name what to predict: python -m apps.predict --saved_model=FOLDER picture.png, or "a text"')
     folder = find_bundle(Path(saved_model))
     task, names = _task(folder, check_bundle(folder)["metadata"], options)
-    targets = _targets(options.output, files)
+    items = _pictures(arguments) if task.input == "image" else _texts(arguments)
+    targets = _targets(options.output, [item.file for item in items])
     # Kept until the end: a signature holds its weights by weak references only.
     loaded = tf.saved_model.load(str(folder))
     function = _signature(folder, loaded.signatures, signature, task)
     failures = 0
-    for file, target in zip(files, targets, strict=True):
+    for item, target in zip(items, targets, strict=True):
         try:
-            picture = read_picture(file)
-            outputs = _run(function, file, picture, names)
+            given = read_picture(item.file) if task.input == "image" else _read_text(item)
+            outputs = _run(function, task.input, item.name, given, names)
         except PredictError as error:
             failures += 1
             print(f"error: {error}", file=sys.stderr)
             continue
         answer = task.answer(outputs, names, options)
         if target is not None:
-            _save(task.draw(_as_rgb(picture), outputs, answer, names), target, options.output)
-        print(json.dumps({"file": str(file), **answer}) if options.as_json else f"{file}: {task.text(answer)}")
+            _save(task.draw(drawing.as_rgb(given), outputs, answer, names), target, options.output)
+        what = {"text": item.text} if item.file is None else {"file": item.name}
+        as_json = json.dumps(what | answer, ensure_ascii=False)
+        print(as_json if options.as_json else f"{item.name}: {task.line(answer)}")
     return 1 if failures else 0
 
 
 def _task(folder: Path, metadata: dict, options: Options) -> tuple[Task, list]:
     """The bundle's task and class names; refuses flags that would do nothing."""
-    name = metadata.get("task")
+    name, about = metadata.get("task"), metadata.get("about", {})
+    if name == "sentiment" and about.get("graded"):
+        name = "graded sentiment"
     if name not in _TASKS:
         raise PredictError(f"{folder} is a bundle for {name!r}; this program knows {', '.join(_TASKS)}")
     for flag in ("top_k", "min_score", "output"):
         value = getattr(options, flag)
         if value is not None and flag not in _TASKS[name].flags:
             raise PredictError(f"--{flag}={value} does nothing for {folder}, a bundle for {name}: leave it out")
-    names = metadata.get("about", {}).get("class_names")
-    if not names:
+    names = about.get("class_names", [])
+    if not names and name != "machine_translation":
         raise PredictError(f"{folder}: its manifest doesn't name the classes; export the model again")
     return _TASKS[name], names
 
@@ -155,21 +181,21 @@ def _signature(folder: Path, signatures, name: str, task: Task):
     return signatures[name]
 
 
-def _run(function, file: Path, picture: np.ndarray, names: list) -> dict[str, np.ndarray]:
-    """The outputs for one picture, without the rows that only fill up `boxes`, `scores` and `class_ids`."""
+def _run(function, input_name: str, what: str, given: np.ndarray | str, names: list) -> dict[str, np.ndarray]:
+    """The outputs for one input, without the rows that only fill up `boxes`, `scores` and `class_ids`."""
     try:
-        outputs = function(image=tf.constant(picture[np.newaxis]))
+        outputs = function(**{input_name: tf.constant(given)[tf.newaxis]})
         outputs = {name: value.numpy()[0] for name, value in outputs.items()}
     except tf.errors.OpError as error:
-        raise PredictError(f"{file}: the model failed: {_reason(error)}") from error
+        raise PredictError(f"{what}: the model failed: {_reason(error)}") from error
     if "count" in outputs:
         count = outputs.pop("count")
         outputs = {name: value[:count] for name, value in outputs.items()}
     for name, value in outputs.items():
-        if not np.isfinite(value).all():
-            raise PredictError(f"{file}: the model failed: {name} holds NaN or infinity")
+        if not isinstance(value, bytes) and not np.isfinite(value).all():
+            raise PredictError(f"{what}: the model failed: {name} holds NaN or infinity")
         if name in ("class_ids", "class_map") and value.size and not 0 <= value.min() <= value.max() < len(names):
-            raise PredictError(f"{file}: the model failed: {name} is beyond the {len(names)} classes of the manifest")
+            raise PredictError(f"{what}: the model failed: {name} is beyond the {len(names)} classes of the manifest")
     return outputs
 
 
@@ -218,17 +244,44 @@ def read_picture(path: Path) -> np.ndarray:
     return picture.astype(np.float32)
 
 
-def _files(paths: list[str]) -> list[Path]:
+def _read_text(item: Item) -> str:
+    if item.file is None:
+        return item.text
+    try:
+        return item.file.read_bytes().decode()
+    except OSError as error:
+        raise PredictError(f"{item.file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise PredictError(f"{item.file} isn't a text in UTF-8: byte {error.start} is {error.reason}") from error
+
+
+def _pictures(arguments: list[str]) -> list[Item]:
     """The pictures among files and folders, in order."""
-    if not paths:
-        raise PredictError("name the pictures: python -m apps.predict --saved_model=FOLDER picture.png folder/ ...")
-    files = []
-    for path in map(Path, paths):
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES) if path.is_dir() else [path]
-        if not found:
-            raise PredictError(f"{path} holds no picture ({', '.join(_SUFFIXES)})")
-        files += found
-    return files
+    return [
+        Item(file)
+        for path in map(Path, arguments)
+        for file in (_inside(path, _SUFFIXES, "picture") if path.is_dir() else [path])
+    ]
+
+
+def _texts(arguments: list[str]) -> list[Item]:
+    """Files, what folders hold, and texts themselves, in order."""
+    items = []
+    for argument in arguments:
+        if os.path.isdir(argument):
+            items += map(Item, _inside(Path(argument), (_TEXT_SUFFIX,), "text"))
+        elif os.path.exists(argument) or argument.endswith(_TEXT_SUFFIX):  # a file that isn't there is told so
+            items.append(Item(Path(argument)))
+        else:
+            items.append(Item(text=argument))
+    return items
+
+
+def _inside(folder: Path, suffixes: tuple[str, ...], what: str) -> list[Path]:
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    if not found:
+        raise PredictError(f"{folder} holds no {what} ({', '.join(suffixes)})")
+    return found
 
 
 def _targets(output: str | None, files: list[Path]) -> list[Path | None]:
@@ -293,6 +346,14 @@ def _classes_as_text(answer: dict) -> str:
     return ", ".join(f"{row['label']} {row['probability']:.1%}" for row in answer["predictions"])
 
 
+def _translate(outputs: dict, names: list, options: Options) -> dict:
+    return {"translation": outputs["translation"].decode(errors="replace"), "score": round(float(outputs["score"]), 6)}
+
+
+def _rate(outputs: dict, names: list, options: Options) -> dict:
+    return {"rating": round(float(outputs["rating"]), 4)}
+
+
 def _detect(outputs: dict, names: list, options: Options) -> dict:
     kept = outputs["scores"] >= (_MIN_SCORE if options.min_score is None else options.min_score)
     rows = []
@@ -311,23 +372,6 @@ def _boxes_as_text(answer: dict) -> str:
     return f"{len(told)} {'box' if len(told) == 1 else 'boxes'}{': ' if told else ''}{_first(told)}"
 
 
-def _draw_boxes(image: Image.Image, outputs: dict, answer: dict, names: list) -> Image.Image:
-    """Outlines on the outermost pixels of each box, and label and score above it; the likeliest are on top."""
-    draw, font = ImageDraw.Draw(image), _font(image)
-    last_x, last_y = image.width - 1, image.height - 1
-    for row in reversed(answer["boxes"]):
-        colour = _colour(names.index(row["label"]))
-        left, top = min(max(round(row["xmin"]), 0), last_x), min(max(round(row["ymin"]), 0), last_y)
-        right, bottom = min(max(round(row["xmax"]) - 1, left), last_x), min(max(round(row["ymax"]) - 1, top), last_y)
-        draw.rectangle([left, top, right, bottom], outline=colour, width=max(2, max(image.size) // 400))
-        text = f"{row['label']} {row['score']:.2f}"
-        width, height = (round(length) + 2 for length in font.getbbox(text)[2:])
-        x, y = max(0, min(left, image.width - width)), top - height if top >= height else top
-        draw.rectangle([x, y, x + width - 1, y + height - 1], fill=colour)
-        draw.text([x + 1, y], text, fill="black" if _is_light(colour) else "white", font=font)
-    return image
-
-
 def _segment(outputs: dict, names: list, options: Options) -> dict:
     class_map = outputs["class_map"]
     shares = np.bincount(class_map.ravel(), minlength=len(names)) / class_map.size
@@ -341,73 +385,23 @@ def _shares_as_text(answer: dict) -> str:
     return _first([f"{name} {share:.1%}" for name, share in shares if share > 0])
 
 
-def _draw_masks(image: Image.Image, outputs: dict, answer: dict, names: list) -> Image.Image:
-    """The picture under each class' colour, and below it a strip that says which class has which."""
-    class_map = outputs["class_map"]
-    colours = np.array([_colour(index) for index in range(len(names))], np.uint8)
-    is_masked = np.array([name != _BACKGROUND for name in names])[class_map]
-    blended = Image.blend(image, Image.fromarray(colours[class_map]), _MASK_OPACITY)
-    masked = Image.composite(blended, image, Image.fromarray(is_masked.astype(np.uint8) * 255))
-    strip = _legend(image, [(_colour(i), names[i]) for i in np.unique(class_map) if names[i] != _BACKGROUND])
-    drawn = Image.new("RGB", [image.width, image.height + strip.height])
-    drawn.paste(masked, [0, 0])
-    drawn.paste(strip, [0, image.height])
-    return drawn
-
-
-def _legend(image: Image.Image, entries: list[tuple]) -> Image.Image:
-    """A white strip as wide as the picture, which cuts what is wider, with a square and a name for each class."""
-    font = _font(image)
-    line = round(font.size * 1.5)
-    places, x, y = [], 0, 0
-    for _, name in entries:
-        width = round(line * 1.5 + font.getlength(name))
-        if x and x + width > image.width:
-            x, y = 0, y + line
-        places.append((x, y))
-        x += width
-    strip = Image.new("RGB", [image.width, y + line if entries else 0], "white")
-    draw = ImageDraw.Draw(strip)
-    for (colour, name), (x, y) in zip(entries, places, strict=True):
-        draw.rectangle([x + 3, y + 3, x + line - 4, y + line - 4], fill=colour)
-        draw.text([x + line, y + line / 2], name, fill="black", font=font, anchor="lm")
-    return strip
-
-
-def _as_rgb(picture: np.ndarray) -> Image.Image:
-    """What the model sees: grey as colour, alpha over black."""
-    num_channels = picture.shape[-1]
-    if num_channels in (2, 4):
-        picture = picture[..., :-1] * (picture[..., -1:] / 255)
-    picture = np.broadcast_to(np.rint(picture).astype(np.uint8), [*picture.shape[:2], 3])
-    return Image.fromarray(np.ascontiguousarray(picture))
-
-
-def _colour(index: int) -> tuple[int, int, int]:
-    shade = _SHADES[index // len(_COLOURS) % len(_SHADES)]
-    return tuple(round(part * shade) for part in _COLOURS[index % len(_COLOURS)])
-
-
-def _is_light(colour: tuple[int, int, int]) -> bool:
-    return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 128  # ITU-R BT.601 luma
-
-
-def _font(image: Image.Image) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(max(12, max(image.size) // 60))
-
-
 def _first(told: list[str]) -> str:
     """The first few of a list, and how many more."""
     more = len(told) - _NUM_TOLD
     return ", ".join(told[:_NUM_TOLD] + ([f"and {more} more"] if more > 0 else []))
 
 
+_CLASSIFIED = (("probabilities",), ("top_k",), _classify, _classes_as_text)
+_DETECTED = (("boxes", "scores", "class_ids", "count"), ("min_score", "output"), _detect, _boxes_as_text)
+_SEGMENTED = (("class_map", "probabilities"), ("output",), _segment, _shares_as_text)
 _TASKS = {
-    "image_classification": Task(("probabilities",), ("top_k",), _classify, _classes_as_text),
-    "object_detection": Task(
-        ("boxes", "scores", "class_ids", "count"), ("min_score", "output"), _detect, _boxes_as_text, _draw_boxes
-    ),
-    "semantic_segmentation": Task(("class_map", "probabilities"), ("output",), _segment, _shares_as_text, _draw_masks),
+    "image_classification": Task("image", *_CLASSIFIED),
+    "object_detection": Task("image", *_DETECTED, drawing.draw_boxes),
+    "semantic_segmentation": Task("image", *_SEGMENTED, drawing.draw_masks),
+    "text_classification": Task("text", *_CLASSIFIED),
+    "sentiment": Task("text", *_CLASSIFIED),
+    "graded sentiment": Task("text", ("rating",), (), _rate, lambda answer: f"{answer['rating']:+.2f}"),
+    "machine_translation": Task("text", ("translation", "score"), (), _translate, lambda answer: answer["translation"]),
 }
 
 

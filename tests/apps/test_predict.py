@@ -77,7 +77,7 @@ def test_changed_bundle_is_not_loaded(bundle, trained, tmp_path):
     ("arguments", "message"),
     [
         (["--saved_model=/nowhere", "x.png"], "error: --saved_model=/nowhere is no bundle"),
-        (["--saved_model={bundle}"], "error: name the pictures"),
+        (["--saved_model={bundle}"], "error: name what to predict"),
         (["--saved_model={bundle}", "{bundle}"], "holds no picture"),
         (
             ["--saved_model={bundle}", "--signature=serving_int8", "{bundle}/1/saved_model.pb"],
@@ -98,7 +98,7 @@ def test_needs_neither_keras_nor_tfhalf(bundle, trained):
     tree = ast.parse((ROOT / "apps" / "predict.py").read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert not {name for name in imported if name.split(".")[0] in ("keras", "tfhalf", "apps")}
+    assert not {name for name in imported if name.split(".")[0] in ("keras", "tfhalf")}
     code = (
         "import sys; sys.modules['keras'] = sys.modules['tfhalf'] = None\n"
         f"sys.argv = ['predict', '--saved_model={bundle}', {str(trained[1] / 'run' / 'examples' / '0.png')!r}]\n"
@@ -112,14 +112,14 @@ def test_needs_neither_keras_nor_tfhalf(bundle, trained):
 # Detection and segmentation: stand-in models with known answers, in real SavedModels
 
 
-def publish(module, folder: Path, task: str, class_names: list) -> Path:
+def publish(module, folder: Path, task: str, class_names: list, **about) -> Path:
     """Saves a module as an app would, with the manifest that predict checks."""
     import tensorflow as tf
 
     tf.saved_model.save(module, str(folder), signatures={"serving_default": module.serve})
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     hashes = {name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for name, path in files.items()}
-    metadata = {"task": task, "about": {"class_names": class_names}}
+    metadata = {"task": task, "about": {"class_names": class_names, **about}}
     (folder / "assets.extra").mkdir()
     (folder / "assets.extra" / "manifest.json").write_text(json.dumps({"files": hashes, "metadata": metadata}))
     return folder
@@ -164,9 +164,12 @@ def segmenters(tmp_path_factory) -> dict[str, Path]:
     return {kind: publish(Segmenter(), folder / kind / "1", task, names) for kind, names in kinds.items()}
 
 
-def answer(capsys, folder: Path, *files: Path, status: int = 0, **options) -> tuple[list, list]:
+def answer(capsys, folder: Path, *files: Path | str, status: int = 0, **options) -> tuple[list, list]:
     """Predicts in this process: (what was printed, errors), in lines."""
-    assert predict.predict(str(folder), "serving_default", list(files), predict.Options(**options)) == status
+    assert (
+        predict.predict(str(folder), "serving_default", [str(file) for file in files], predict.Options(**options))
+        == status
+    )
     printed = capsys.readouterr()
     return printed.out.splitlines(), [line for line in printed.err.splitlines() if line.startswith("error: ")]
 
@@ -403,7 +406,83 @@ def test_bundles_that_keep_no_contract(detector, segmenters, tmp_path, capsys):
     assert "class_map is beyond the 1 classes" in errors[0]
 
 
-def test_palette_tells_classes_apart():
-    colours = [predict._colour(index) for index in range(42)]
-    assert len(set(colours[:21])) == 21
-    assert colours[:21] == colours[21:]
+# Texts
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory) -> dict[str, Path]:
+    """Stand-ins that answer by a text's number of bytes; the text NaN makes them say NaN."""
+    import tensorflow as tf
+
+    def number(text):
+        length = tf.cast(tf.strings.length(text), tf.float32)
+        return tf.where(text == "NaN", np.nan, length)
+
+    class Classifier(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="text")], autograph=False)
+        def serve(self, text):
+            share = number(text) / 100
+            return {"probabilities": tf.stack([1 - share, share], axis=1)}
+
+    class Rater(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="text")], autograph=False)
+        def serve(self, text):
+            return {"rating": number(text) / 10 - 1}
+
+    class Translator(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="text")], autograph=False)
+        def serve(self, text):
+            return {"translation": tf.strings.upper(text, encoding="utf-8"), "score": -number(text)}
+
+    folder, names = tmp_path_factory.mktemp("readers"), ["short", "long"]
+    return {
+        "topic": publish(Classifier(), folder / "topic" / "1", "text_classification", names),
+        "sentiment": publish(Classifier(), folder / "sentiment" / "1", "sentiment", names),
+        "graded": publish(Rater(), folder / "graded" / "1", "sentiment", names, graded=True),
+        "translation": publish(Translator(), folder / "translation" / "1", "machine_translation", []),
+    }
+
+
+def test_texts_files_and_folders_are_read(readers, tmp_path, capsys):
+    (tmp_path / "b.txt").write_text("é" * 20, encoding="utf-8")
+    (tmp_path / "a.TXT").write_text("x" * 10 + "\n")
+    (tmp_path / "not a text.png").write_bytes(b"")
+    lines, errors = answer(capsys, readers["topic"], "y" * 30, tmp_path, tmp_path / "b.txt", "", "a\nb", top_k=1)
+    long, inside = "y" * 30, f"{tmp_path}/"
+    assert lines == [
+        f'"{long}": short 70.0%',
+        f"{inside}a.TXT: short 89.0%",
+        f"{inside}b.txt: short 60.0%",
+        f"{inside}b.txt: short 60.0%",
+        '"": short 100.0%',
+        '"a b": short 97.0%',
+    ]
+    assert errors == []
+    assert answer(capsys, readers["sentiment"], "y" * 80)[0][0].endswith('y…": long 80.0%, short 20.0%')
+
+
+def test_ratings_and_translations(readers, capsys):
+    assert answer(capsys, readers["graded"], "x" * 25, "") == (['"' + "x" * 25 + '": +1.50', '"": -1.00'], [])
+    lines, errors = answer(capsys, readers["translation"], "Günther 🤗")
+    assert (lines, errors) == (['"Günther 🤗": GÜNTHER 🤗'], [])
+    (line,), _ = answer(capsys, readers["translation"], "é\n", as_json=True)
+    assert json.loads(line) == {"text": "é\n", "translation": "É\n", "score": -3.0}
+
+
+def test_bad_texts_are_named_and_the_others_predicted(readers, tmp_path, capsys):
+    (tmp_path / "latin1.txt").write_bytes("é".encode("latin-1"))
+    (tmp_path / "empty").mkdir()
+    arguments = [tmp_path / "latin1.txt", "NaN", tmp_path / "missing.txt", "good"]
+    lines, errors = answer(capsys, readers["topic"], *arguments, status=1, top_k=1)
+    assert lines == ['"good": short 96.0%']
+    assert errors == [
+        f"error: {tmp_path}/latin1.txt isn't a text in UTF-8: byte 0 is unexpected end of data",
+        'error: "NaN": the model failed: probabilities holds NaN or infinity',
+        f"error: {tmp_path}/missing.txt: No such file or directory",
+    ]
+    with pytest.raises(predict.PredictError, match=r"empty holds no text \(.txt\)"):
+        answer(capsys, readers["topic"], tmp_path / "empty")
+    with pytest.raises(predict.PredictError, match=r"--top_k=2 does nothing for .*, a bundle for graded sentiment"):
+        answer(capsys, readers["graded"], "x", top_k=2)
+    with pytest.raises(predict.PredictError, match=r"--output=x does nothing for .*, a bundle for machine_translation"):
+        answer(capsys, readers["translation"], "x", output="x")
