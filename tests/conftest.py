@@ -1,5 +1,6 @@
 """What several tests share: real data, one real training run, one bundle."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -42,11 +43,24 @@ def options_for(task, *arguments: str):
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> str:
     """TFDS's folder with the apps' real default sets, fetched by the program that users run."""
-    folder = tmp_path_factory.mktemp("data")
-    result = run_module("apps.data", "--dataset=mnist_5k,deepforest,blue_marble", f"--data_dir={folder}")
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one for all workers; the first one fetches, the others wait
+        base = base.parent
+    folder = base / "data"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _fetch(folder)
+    return str(folder)
+
+
+def _fetch(folder: Path) -> None:
+    names = ["mnist_5k", "deepforest", "blue_marble", "reuters_r8", "vader_movies"]
+    if shutil.which("apt-get"):  # the Bibles are Debian's packages
+        names.append("bible_en_es")
+    result = run_module("apps.data", f"--dataset={','.join(names)}", f"--data_dir={folder}", timeout=900)
     assert result.returncode == 0, result.stderr
     assert "train 4,000, test 1,000" in result.stdout
-    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,475 @@
+"""Machine translation: the same said in another language.
+
+    python -m apps.text.translation --dataset=bible_en_es
+    python -m apps.text.translation --dataset=gnome_docs/de --source=en --target=de
+    python -m apps.text.translation --dataset=ted_hrlr_translate/ru_to_en --source=ru --target=en
+
+A Transformer with an encoder and a decoder, its normalisations in front of each part, and one table of sub-words for
+both languages and the output. It is trained on pairs of similar length with smoothed labels, and serves text in, text
+out: pieces (`apps.text.pieces`) and beam search (`apps.text.search`) are parts of the exported graph.
+
+Keys and values of the tokens so far are kept (`DecoderBlock`), so that each token costs one row of attention.
+KerasHub's TransformerDecoder can do that too, but by an operation of XLA that plain servers don't have, and for each
+sequence of a beam it keeps the encoder's keys and values once more.
+
+Source: Vaswani et al. 2017, "Attention is all you need", arXiv:1706.03762; Press and Wolf 2017, arXiv:1608.05859 (one
+table); Xiong et al. 2020, arXiv:2002.04745 (normalisation in front).
+"""
+
+import re
+from pathlib import Path
+
+import keras
+import keras_hub
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from absl import flags
+from sacrebleu.metrics import BLEU, CHRF
+
+from apps import runner, sets
+from apps.text import encoder, pieces, search, texts
+
+_LONGEST = 128  # pieces of a text with END
+_DROPOUT = 0.1
+_SMOOTHING = 0.1  # Vaswani et al., section 5.4
+_ALPHA = 0.6  # of the length penalty; Vaswani et al., section 6.1
+_WARMUP_SHARE, _MOST_WARMUP = 0.1, 4000
+# The loss is divided by a constant and not by a batch's number of tokens, which would differ on each replica.
+_TYPICAL_TOKENS = 32
+_FORCED = 8  # tokens that the numbers compared after an export are computed behind
+_STRETCH, _MARGIN = 2, 8  # a translation has no more pieces than twice its source's, and 8
+_SHOWN = 8
+_COLUMNS = ("source", "reference", "translation")
+
+
+# Flags
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines what this task adds to the shared flags."""
+    here = {"flag_values": values}
+    default = "Default: English, of a set with two languages."
+    flags.DEFINE_string("source", None, f"Language to translate from, as the data set calls it. {default}", **here)
+    flags.DEFINE_string("target", None, "Language to translate to. Default: the other one.", **here)
+    size_help = "Pieces of both languages together, 300 to 64000; fewer where the texts don't have so many."
+    flags.DEFINE_integer("vocabulary_size", 4000, size_help, 300, 64000, **here)
+    width_help = f"Numbers that stand for a token, a multiple of {encoder.HEAD_WIDTH}, 32 to 1024."
+    flags.DEFINE_integer("width", 128, width_help, 32, 1024, **here)
+    flags.DEFINE_integer("depth", 2, "Layers of the encoder, and of the decoder, 1 to 12.", 1, 12, **here)
+    flags.DEFINE_integer("beam_size", 4, "Sequences that the served search follows, 1 to 16.", 1, 16, **here)
+
+
+# Model
+
+
+class TiedDense(keras.layers.Dense):
+    """Vectors to a logit for each token, by the table that embeds the tokens."""
+
+    def __init__(self, embedding: keras.layers.Embedding, **settings):
+        super().__init__(embedding.input_dim, use_bias=False, **settings)
+        self.embedding = embedding
+
+    def build(self, input_shape):
+        """Makes no weight."""
+        self.bias, self.built = None, True
+
+    @property
+    def kernel(self):
+        """The table, transposed, in the dtype that this layer computes in."""
+        return keras.ops.transpose(self.embedding.embeddings)
+
+
+class DecoderBlock(keras.layers.Layer):
+    """A layer of the decoder, on whole texts for training and token by token for the search."""
+
+    def __init__(self, width: int, **settings):
+        super().__init__(**settings)
+        policy = {"dtype": self.dtype_policy}
+
+        def attention(name: str):
+            heads = width // encoder.HEAD_WIDTH
+            return keras_hub.layers.CachedMultiHeadAttention(
+                heads, encoder.HEAD_WIDTH, dropout=_DROPOUT, name=name, **policy
+            )
+
+        self.self_attention_norm = keras.layers.LayerNormalization(name="self_attention_norm", **policy)
+        self.self_attention = attention("self_attention")
+        self.cross_attention_norm = keras.layers.LayerNormalization(name="cross_attention_norm", **policy)
+        self.cross_attention = attention("cross_attention")
+        self.dense_norm = keras.layers.LayerNormalization(name="dense_norm", **policy)
+        self.inner = keras.layers.Dense(4 * width, activation="relu", name="inner", **policy)
+        self.outer = keras.layers.Dense(width, name="outer", **policy)
+        self.dropout = keras.layers.Dropout(_DROPOUT, name="dropout", **policy)
+
+    def call(self, x, padding_mask, encoded=None, cache=None, cross_cache=None, training=None):
+        """Computes whole texts from `encoded`, or the next tokens from both caches.
+
+        Args:
+            x: `[batch, length, width]`; with caches `[batch * beam, 1, width]`.
+            padding_mask: bool `[batch, source length]`, what is text in the source.
+            encoded: `[batch, source length, width]`, the encoder's output.
+            cache: `[batch * beam, 2, tokens before, heads, head width]`, their keys and values.
+            cross_cache: what `project` returned.
+            training: whether units are dropped.
+
+        Returns:
+            As x; with caches also the cache with the new tokens.
+        """
+        y = self.self_attention_norm(x)
+        if cache is None:
+            length = tf.shape(x)[1]
+            causal = tf.range(length)[:, tf.newaxis] >= tf.range(length)
+            y = self.self_attention(y, y, attention_mask=causal[tf.newaxis], training=training)
+        else:
+            cache = tf.concat([cache, _keys_and_values(self.self_attention, y)], axis=2)
+            y, _ = self.self_attention(y, y, cache=cache, training=training)
+        x += self.dropout(y, training=training)
+        y = self.cross_attention_norm(x)
+        if cross_cache is None:
+            y = self.cross_attention(y, encoded, attention_mask=padding_mask[:, tf.newaxis], training=training)
+        else:
+            # The sequences of a beam are so many queries of one text: its keys and values are there once.
+            y, together = tf.reshape(y, [tf.shape(cross_cache)[0], -1, x.shape[-1]]), tf.shape(y)
+            mask = padding_mask[:, tf.newaxis]
+            y, _ = self.cross_attention(y, y, attention_mask=mask, cache=cross_cache, training=training)
+            y = tf.reshape(y, together)
+        x += self.dropout(y, training=training)
+        y = self.outer(self.inner(self.dense_norm(x)))
+        x += self.dropout(y, training=training)
+        return x if cache is None else (x, cache)
+
+    def project(self, encoded):
+        """Returns what the cross attention knows of a source, `[batch, 2, source length, heads, head width]`."""
+        return _keys_and_values(self.cross_attention, encoded)
+
+    def empty_cache(self, batch):
+        """Returns the cache of `batch` sequences without a token."""
+        heads = self.self_attention.num_heads
+        return tf.zeros([batch, 2, 0, heads, encoder.HEAD_WIDTH], self.compute_dtype)
+
+
+def _keys_and_values(attention: keras.layers.MultiHeadAttention, x):
+    return tf.stack([attention.key_dense(x), attention.value_dense(x)], axis=1)
+
+
+def build_model(options, data: runner.Data) -> keras.Model:
+    """Token ids of the source, and of the target up to each place (int32), to logits of the next token (float32)."""
+    size, width = data.about["vocabulary_size"], options.width
+    source_ids, target_ids = (keras.Input([None], dtype="int32", name=f"{side}_ids") for side in ("source", "target"))
+    embedding = encoder.TokenEmbedding(size, width, dtype="float32", name="embedding")
+    padding_mask = keras.ops.not_equal(source_ids, pieces.PAD)
+    encoded = encoder.encode(embedding(source_ids), padding_mask, options, _DROPOUT)
+    x = keras.layers.Dropout(_DROPOUT, name="target_dropout")(embedding(target_ids))
+    for index in range(options.depth):
+        x = DecoderBlock(width, name=f"decoder{index}")(x, padding_mask, encoded)
+    x = keras.layers.LayerNormalization(name="decoder_norm")(x)
+    x = TiedDense(embedding, name="projection")(x)
+    logits = keras.layers.Activation("linear", dtype="float32", name="logits")(x)
+    return keras.Model({"source_ids": source_ids, "target_ids": target_ids}, logits, name="transformer")
+
+
+@keras.saving.register_keras_serializable("tfhalf.apps")
+class InverseSquareRoot(keras.optimizers.schedules.LearningRateSchedule):
+    """A rate that rises in a line, and then falls with the square root of the step.
+
+    Args:
+        learning_rate: the highest one.
+        warmup_steps: when it is reached, 1 or more.
+
+    Source: Vaswani et al. 2017, section 5.3, scaled to its highest rate.
+    """
+
+    def __init__(self, learning_rate: float, warmup_steps: int):
+        self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
+
+    def __call__(self, step):
+        """Returns the rate of a step, counted from 0."""
+        ratio = (tf.cast(step, tf.float32) + 1.0) / self.warmup_steps
+        return self.learning_rate * tf.minimum(ratio, tf.math.rsqrt(ratio))
+
+    def get_config(self):
+        """Returns what `__init__` takes."""
+        return {"learning_rate": self.learning_rate, "warmup_steps": self.warmup_steps}
+
+
+def build_optimizer(options, num_steps: int) -> keras.optimizers.Optimizer:
+    """Adam with warm-up and the inverse square root."""
+    warmup = min(max(1, round(_WARMUP_SHARE * num_steps)), _MOST_WARMUP)
+    schedule = InverseSquareRoot(options.learning_rate, warmup)
+    return keras.optimizers.Adam(schedule, beta_1=0.9, beta_2=0.98, epsilon=1e-9)
+
+
+@keras.saving.register_keras_serializable("tfhalf.apps")
+class SmoothedCrossEntropy(keras.losses.Loss):
+    """Cross-entropy with smoothed labels, summed over a text's tokens; PAD doesn't count.
+
+    Targets: int `[batch, length]`; outputs: logits, float32 `[batch, length, vocabulary]`.
+    """
+
+    def call(self, y_true, y_pred):
+        """Returns float32 `[batch]`."""
+        token_ids = tf.cast(y_true, tf.int32)
+        # A share of each label goes to all tokens alike; written so that no array of labels is needed.
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(token_ids, y_pred)
+        logit = tf.gather(y_pred, token_ids, batch_dims=2)
+        losses += _SMOOTHING * (logit - tf.reduce_mean(y_pred, axis=-1))
+        return tf.reduce_sum(tf.where(token_ids == pieces.PAD, 0.0, losses), axis=-1) / _TYPICAL_TOKENS
+
+
+def build_loss(options) -> keras.losses.Loss:
+    """Smoothed cross-entropy."""
+    return SmoothedCrossEntropy(name="smoothed_cross_entropy")
+
+
+@keras.saving.register_keras_serializable("tfhalf.apps")
+class TokenAccuracy(keras.metrics.Mean):
+    """Share of the tokens that come out first, given all true ones before; PAD doesn't count."""
+
+    def __init__(self, name: str = "token_accuracy", dtype: str = "float32"):
+        super().__init__(name=name, dtype=dtype)
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        """Adds a batch of targets and outputs as `SmoothedCrossEntropy` takes them."""
+        token_ids = tf.cast(y_true, tf.int32)
+        right = tf.argmax(y_pred, axis=-1, output_type=tf.int32) == token_ids
+        return super().update_state(tf.cast(right, tf.float32), tf.cast(token_ids != pieces.PAD, tf.float32))
+
+
+def build_metrics(options) -> list[keras.metrics.Metric]:
+    """Accuracy of the next token; BLEU needs whole translations."""
+    return [TokenAccuracy()]
+
+
+# Data
+
+
+def load_data(options) -> runner.Data:
+    """Reads any TFDS set with texts in two languages or more."""
+    if options.width % encoder.HEAD_WIDTH:
+        raise runner.AppError(f"--width={options.width} must be a multiple of {encoder.HEAD_WIDTH}")
+    languages = choose_languages(options, runner.describe_dataset(options).info.features)
+    builder = runner.prepare_dataset(options)
+    train, validation, test = (texts.read(builder, split, languages) for split in sets.split_names(builder))
+    vocabulary = texts.learn_pieces(options, *train, lowercase=False)
+    pairs, held_out = _encode(vocabulary, train, "training"), _encode(vocabulary, validation, "validation")
+    order, steps = texts.training_order(options, _lengths(pairs))
+    # Similar lengths together, from the middle on: a bundle is compared with the model on the first ones.
+    test = [np.roll(side, -len(side) // 2) for side in texts.by_length(*test)]
+    shown = np.linspace(0, len(validation[0]) - 1, _SHOWN, dtype=int)
+    return runner.Data(
+        train=lambda epoch: _batches(pairs, order(epoch), options.batch_size),
+        steps_per_epoch=steps,
+        validation=_batches(held_out, np.argsort(_lengths(held_out), kind="stable"), options.batch_size),
+        test=_texts(*test).batch(options.batch_size).prefetch(tf.data.AUTOTUNE),
+        about={
+            "source": languages[0],
+            "target": languages[1],
+            "vocabulary_size": vocabulary.size,
+            "beam_size": options.beam_size,
+        },
+        shown=_texts(*(side[shown] for side in validation)).batch(_SHOWN),
+        resources=(vocabulary,),
+    )
+
+
+def choose_languages(options, features) -> tuple[str, str]:
+    """Returns the features to translate from and to.
+
+    Raises:
+        AppError: the set has no two, or the flags name others.
+    """
+    found = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {"": features}
+    kinds = {name: type(feature).__name__ for name, feature in found.items()}
+    # Beside languages a set may have other texts, as the name of a page.
+    languages = [name for name, kind in kinds.items() if kind == "Text" and re.fullmatch("[a-z]{2,3}([-_].+)?", name)]
+    listing = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+    if len(languages) < 2:
+        raise runner.AppError(
+            f"--dataset={options.dataset} has the features {listing}; machine translation needs texts (Text) in two "
+            "languages, named by their codes"
+        )
+    for flag in ("source", "target"):
+        value = getattr(options, flag)
+        if value is not None and value not in languages:
+            raise runner.AppError(f"--{flag}={value}: {options.dataset} has the languages {', '.join(languages)}")
+        if value is None and len(languages) > 2:
+            raise runner.AppError(
+                f"--{flag} is missing: {options.dataset} has {len(languages)} languages, {', '.join(languages)}"
+            )
+    source, target = options.source, options.target
+    if source is None:
+        others = [name for name in languages if name != target]
+        source = "en" if "en" in others else others[0]
+    target = target or next(name for name in languages if name != source)
+    if source == target:
+        raise runner.AppError(f"--source and --target are both {source}; choose two of {', '.join(languages)}")
+    return source, target
+
+
+def _encode(vocabulary: pieces.Vocabulary, pair: list[np.ndarray], part: str) -> list[tf.RaggedTensor]:
+    """Token ids of a part's sources and targets; without pairs that are empty on a side, or too long."""
+    sides = [vocabulary.encode(side) for side in pair]
+    lengths = np.array([[len(token_ids) for token_ids in side] for side in sides])
+    (kept,) = np.nonzero(np.all((lengths > 0) & (lengths < _LONGEST), axis=0))
+    if left_out := lengths.shape[1] - len(kept):
+        reason = f"empty, or longer than {_LONGEST - 1} pieces"
+        runner.say(f"{left_out:,} of {lengths.shape[1]:,} {part} pairs are left out: {reason}")
+    if not len(kept):
+        raise runner.AppError(f"no {part} pair is left; choose another --dataset, or raise --vocabulary_size")
+    return [texts.to_ragged(side[index] for index in kept) for side in sides]
+
+
+def _lengths(pairs: list[tf.RaggedTensor]) -> np.ndarray:
+    """What pairs are sorted by: measured, less padding than by target, then source (42 of 38 tokens, not 46)."""
+    return np.maximum(*(side.row_lengths().numpy() for side in pairs))
+
+
+def _batches(pairs: list[tf.RaggedTensor], order: np.ndarray, batch_size: int) -> tf.data.Dataset:
+    """Batches of ({source, target up to each place}, next token)."""
+
+    def make(rows):
+        source, target = (tf.gather(side, rows) for side in pairs)
+        start, end = (tf.fill([tf.size(rows), 1], token) for token in (pieces.START, pieces.END))
+        source_ids, target_ids, next_ids = (
+            texts.pad(tf.concat(parts, axis=1)) for parts in ([source, end], [start, target], [target, end])
+        )
+        return {"source_ids": source_ids, "target_ids": target_ids}, next_ids
+
+    return texts.in_batches(order, make, batch_size)
+
+
+def _texts(source: np.ndarray, references: np.ndarray) -> tf.data.Dataset:
+    return tf.data.Dataset.from_tensor_slices(({"text": source}, references))
+
+
+# What is served, how it is scored and shown
+
+
+def serve(model: keras.Model, data: runner.Data):
+    """Texts to their token ids, what the encoder makes of them, and log-probabilities of one more token.
+
+    Those are computed behind the first of the source's own tokens, so that every weight of the decoder counts where a
+    bundle is compared with the model. `decide` searches.
+    """
+    (vocabulary,) = data.resources
+    both = keras.Model(model.input, [model.get_layer("encoder_norm").output, model.output])
+
+    def encode(text):
+        token_ids = vocabulary.tokenize(text)[:, : _LONGEST - 1]
+        ends = tf.fill([tf.shape(text)[0], 1], pieces.END)
+        source_ids = tf.concat([token_ids, ends], axis=1).to_tensor(pieces.PAD)
+        starts = tf.fill([tf.shape(text)[0], 1], pieces.START)
+        forced = tf.concat([starts, token_ids], axis=1).to_tensor(pieces.PAD, shape=[None, _FORCED])
+        encoded, logits = both({"source_ids": source_ids, "target_ids": forced}, training=False)
+        log_probs = tf.nn.log_softmax(logits[:, -1])
+        return {"source_ids": source_ids, "encoded": tf.cast(encoded, tf.float32), "log_probs": log_probs}
+
+    return encode, {"text": tf.TensorSpec([None], tf.string)}
+
+
+def decide(model: keras.Model, data: runner.Data):
+    """Beam search, and greedy search beside it."""
+    tokens = {"start": pieces.START, "end": pieces.END, "pad": pieces.PAD, "alpha": _ALPHA}
+    (vocabulary,) = data.resources
+
+    def translate(raw, find, **settings):
+        padding_mask = raw["source_ids"] != pieces.PAD
+        lengths = tf.reduce_sum(tf.cast(padding_mask, tf.int32), axis=1)
+        limits = tf.minimum(_STRETCH * lengths + _MARGIN, _LONGEST)
+        step, caches = decoder(model, raw["encoded"], padding_mask)
+        token_ids, scores = find(step, caches, limits, **tokens, **settings)
+        is_text = lengths > 1  # without END; what says nothing isn't worth a word
+        token_ids = tf.where(is_text[:, tf.newaxis], token_ids, pieces.PAD)
+        translation = vocabulary.detokenize(tf.RaggedTensor.from_tensor(token_ids))
+        return {"translation": translation, "score": tf.where(is_text, scores, 0.0)}
+
+    return {
+        "": lambda raw: translate(raw, search.beam, beam_size=data.about["beam_size"]),
+        "_greedy": lambda raw: translate(raw, search.greedy),
+    }
+
+
+def decoder(model: keras.Model, encoded: tf.Tensor, padding_mask: tf.Tensor) -> tuple[search.Step, list[tf.Tensor]]:
+    """Returns the decoder as a step of one token, and its first caches."""
+    blocks = [layer for layer in model.layers if isinstance(layer, DecoderBlock)]
+    cross_caches = [block.project(encoded) for block in blocks]
+    embedding, *output = (model.get_layer(name) for name in ("embedding", "decoder_norm", "projection", "logits"))
+
+    def step(token_ids, index, caches):
+        x, new_caches = embedding(token_ids[:, tf.newaxis], start=index), []
+        for block, cache, cross_cache in zip(blocks, caches, cross_caches, strict=True):
+            cache = tf.ensure_shape(cache, [None, 2, None, *cross_cache.shape[3:]])  # the loop forgets it
+            x, cache = block(x, padding_mask, cache=cache, cross_cache=cross_cache, training=False)
+            new_caches.append(cache)
+        for layer in output:
+            x = layer(x)
+        return tf.nn.log_softmax(x[:, 0]), new_caches
+
+    return step, [block.empty_cache(tf.shape(encoded)[0]) for block in blocks]
+
+
+def _translations(call: runner.Call, dataset: tf.data.Dataset) -> list[tuple[str, str, str]]:
+    """Sources, references and what the served function makes of them."""
+    rows = []
+    for inputs, references in dataset:
+        columns = inputs["text"].numpy(), references.numpy(), np.asarray(call(**inputs)["translation"])
+        rows += zip(*([text.decode(errors="replace") for text in column] for column in columns), strict=True)
+    return rows
+
+
+def score(call: runner.Call, data: runner.Data) -> dict[str, float]:
+    """sacreBLEU and chrF of the test part."""
+    _, references, translations = zip(*_translations(call, data.test), strict=True)
+    bleu, chrf = (metric().corpus_score(translations, [references]).score for metric in (BLEU, CHRF))
+    return {"bleu": bleu, "chrf": chrf, "total": len(translations)}
+
+
+def describe(scores: dict[str, float]) -> str:
+    """The line that ends a run."""
+    parts = []
+    for name, metric in (("BLEU", BLEU()), ("chrF", CHRF())):
+        metric.corpus_score([""], [[""]])  # the signature tells how many references there were
+        parts.append(f"{name}: {scores[name.lower()]:.2f} ({metric.get_signature()})")
+    return f"Test {' | '.join(parts)}"
+
+
+def show(model: keras.Model, data: runner.Data) -> dict[str, str]:
+    """Some validation texts, and what greedy search makes of them."""
+    encode, find = serve(model, data)[0], decide(model, data)["_greedy"]
+    call = tf.function(lambda text: find(encode(text)), autograph=False)
+    return {"translations": texts.to_table(_COLUMNS, _translations(call, data.shown))}
+
+
+def conclude(call: runner.Call, data: runner.Data, folder: Path) -> dict[str, str]:
+    """Some test texts with their translations, also as files to try apps/predict.py on."""
+    rows = _translations(call, data.test)
+    rows = [rows[index] for index in np.linspace(0, len(rows) - 1, _SHOWN, dtype=int)]
+    texts.write_examples((source.encode() for source, _, _ in rows), folder)
+    return {"test_translations": texts.to_table(_COLUMNS, rows)}
+
+
+# Main
+
+TASK = runner.Task(
+    name="machine_translation",
+    define_flags=define_flags,
+    defaults={"dataset": "bible_en_es", "batch_size": 64, "epochs": 12, "learning_rate": 3e-3},
+    load_data=load_data,
+    build_model=build_model,
+    build_optimizer=build_optimizer,
+    build_loss=build_loss,
+    build_metrics=build_metrics,
+    monitor="val_loss",
+    serve=serve,
+    decide=decide,
+    score=score,
+    metric="bleu",
+    margin=0.2,
+    describe=describe,
+    show=show,
+    conclude=conclude,
+)
+
+if __name__ == "__main__":
+    runner.main(TASK)
