@@ -4,6 +4,8 @@
     python -m apps.text.classification --dataset=reuters_r52
     python -m apps.text.classification --dataset=imdb_reviews --model=keras_hub:bert_tiny_en_uncased
 
+Expected of the first: 96.1% of the test part, where a LinearSVC has 97.6% (2026-11-26, RESULTS.md).
+
 Network and vocabulary are those of `apps.text.encoder`, which sentiment shares.
 """
 

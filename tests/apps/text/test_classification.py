@@ -214,7 +214,7 @@ def test_optimizer_does_not_decay_biases(folder, learned):
     decayed = {
         weight.path.split("/")[-1] for weight in model.trainable_variables if optimizer._use_weight_decay(weight)
     }
-    assert decayed == {"embeddings", "kernel", "table"}
+    assert decayed == {"embeddings", "kernel"}
 
 
 @pytest.mark.parametrize(
