@@ -23,7 +23,6 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-import tensorflow_datasets as tfds
 from absl import app, flags, logging
 
 import tfhalf
@@ -85,7 +84,7 @@ class Task:
         serve: model, data -> (function of named inputs, its input signature).
         decide: model, data -> function of what `serve` returns that gives what clients get: the step after the last
             number, where a rounding may change sides, as suppressing boxes; several by what they add to the names of
-            signatures, the first one is scored; None where there is none.
+            signatures, of which "" is scored; None where there is none.
         score: served function, data -> metrics over the test part; "total" is the number of what is right or wrong:
             pictures, objects, pixels.
         metric: the one of them that decides.
@@ -336,7 +335,7 @@ def answering(task: Task, model: keras.Model, data: Data) -> Call:
     serve, _ = task.serve(model, data)
     decide = task.decide(model, data) if task.decide else lambda raw: raw
     if isinstance(decide, dict):
-        decide = next(iter(decide.values()))
+        decide = decide[""]
     # Pictures of a hundred sizes shall not be a hundred graphs.
     return tf.function(lambda **inputs: decide(serve(**inputs)), autograph=False, reduce_retracing=True)
 
@@ -387,18 +386,6 @@ def adamw(learning_rate: float, num_steps: int, weight_decay: float) -> keras.op
     optimizer = keras.optimizers.AdamW(schedule, weight_decay=weight_decay)
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     return optimizer
-
-
-def describe_dataset(options: types.SimpleNamespace) -> tfds.core.DatasetBuilder:
-    """Returns the builder of `--dataset` without fetching it, so that a set of the wrong kind is refused at once."""
-    return datasets.describe(options.dataset, options.data_dir)
-
-
-def prepare_dataset(options: types.SimpleNamespace) -> tfds.core.DatasetBuilder:
-    """Returns the prepared builder of `--dataset`; fetches it if need be."""
-    if not sys.stderr.isatty():
-        tfds.disable_progress_bar()
-    return datasets.prepare(options.dataset, options.data_dir, say)
 
 
 def say(line: str) -> None:

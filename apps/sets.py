@@ -1,9 +1,36 @@
-"""What every app asks of a data set: the features it needs, honest parts, and an order for each epoch."""
+"""What every app asks of a data set: to be there, the features it needs, honest parts, an order for each epoch."""
+
+import sys
+import types
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from apps import runner
+from tfhalf import datasets
+
+
+def describe(options: types.SimpleNamespace) -> tfds.core.DatasetBuilder:
+    """Returns the builder of `--dataset` without fetching it, so that a set of the wrong kind is refused at once."""
+    return datasets.describe(options.dataset, options.data_dir)
+
+
+def prepare(options: types.SimpleNamespace) -> tfds.core.DatasetBuilder:
+    """Returns the prepared builder of `--dataset`; fetches it if need be."""
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    return datasets.prepare(options.dataset, options.data_dir, runner.say)
+
+
+def kinds(features: tfds.features.FeatureConnector) -> dict[str, str]:
+    """Returns the name of each feature's kind, as "Text"."""
+    found = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {"": features}
+    return {name: type(feature).__name__ for name, feature in found.items()}
+
+
+def in_words(found: dict[str, str]) -> str:
+    """Returns features and their kinds as a part of a line."""
+    return ", ".join(f"{name} ({kind})" for name, kind in found.items())
 
 
 def require_features(options, task: str, wanted: dict[str, str]) -> tfds.features.FeaturesDict:
@@ -17,13 +44,11 @@ def require_features(options, task: str, wanted: dict[str, str]) -> tfds.feature
     Raises:
         AppError: one is missing or of another kind.
     """
-    features = runner.describe_dataset(options).info.features
-    found = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {"": features}
-    kinds = {name: type(feature).__name__ for name, feature in found.items()}
-    if any(kinds.get(name) not in kind.split(" or ") for name, kind in wanted.items()):
-        listing = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+    features = describe(options).info.features
+    found = kinds(features)
+    if any(found.get(name) not in kind.split(" or ") for name, kind in wanted.items()):
         needed = " and ".join(f"{name} ({kind})" for name, kind in wanted.items())
-        raise runner.AppError(f"--dataset={options.dataset} has the features {listing}; {task} needs {needed}")
+        raise runner.AppError(f"--dataset={options.dataset} has the features {in_words(found)}; {task} needs {needed}")
     return features
 
 

@@ -27,7 +27,6 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import app, flags
-from sacrebleu.metrics import BLEU, CHRF
 
 from apps import runner, sets
 from apps.text import texts, translation
@@ -55,8 +54,8 @@ def main() -> None:
 
 
 def _run(options: flags.FlagValues) -> None:
-    languages = translation.choose_languages(options, runner.describe_dataset(options).info.features)
-    builder = runner.prepare_dataset(options)
+    languages = translation.choose_languages(options, sets.describe(options).info.features)
+    builder = sets.prepare(options)
     splits = sets.split_names(builder)
     train, *held_out = (
         [[line.decode(errors="replace") for line in side] for side in texts.read(builder, split, languages)]
@@ -65,17 +64,8 @@ def _run(options: flags.FlagValues) -> None:
     translator = Translator(*train)
     for part, (sources, references) in zip(("validation", "test"), held_out, strict=True):
         for name, translate in (("copy", str), ("phrase table", translator)):
-            line = describe([translate(source) for source in sources], references)
+            line = translation.in_words(translation.compare([translate(source) for source in sources], references))
             print(f"{options.dataset}, {'-'.join(languages)}, {part}, {name}: {line}", flush=True)
-
-
-def describe(translations: Sequence[str], references: Sequence[str]) -> str:
-    """BLEU and chrF with their signatures, in the apps' words."""
-    parts = []
-    for name, metric in (("BLEU", BLEU()), ("chrF", CHRF())):
-        score = metric.corpus_score(translations, [references]).score
-        parts.append(f"{name}: {score:.2f} ({metric.get_signature()})")
-    return " | ".join(parts)
 
 
 # Words

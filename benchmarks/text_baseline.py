@@ -15,11 +15,10 @@ import sys
 
 import numpy as np
 from absl import app, flags
-from scipy import stats
-from sklearn import feature_extraction, linear_model, metrics, pipeline, svm
+from sklearn import feature_extraction, linear_model, pipeline, svm
 
 from apps import runner, sets
-from apps.text import encoder, texts
+from apps.text import classification, encoder, sentiment, texts
 
 _FEATURES = {"words": 1, "words and pairs": 2}  # words in the longest n-gram
 
@@ -32,19 +31,21 @@ def main() -> None:
 
 
 def _run(options: flags.FlagValues) -> None:
-    features = runner.describe_dataset(options).info.features
+    features = sets.describe(options).info.features
     text = "sentence" if "sentence" in features else "text"
     sets.require_features(options, "this baseline", {text: "Text", "label": "ClassLabel"})
-    builder = runner.prepare_dataset(options)
+    builder = sets.prepare(options)
     train, test = read_parts(options, builder, text, "label")
     for name, longest in _FEATURES.items():
-        line = describe_classes(test[1], fit(svm.LinearSVC(C=1.0, random_state=0), longest, *train).predict(test[0]))
+        predictions = fit(svm.LinearSVC(C=1.0, random_state=0), longest, *train).predict(test[0])
+        line = classification.in_words(classification.count(test[1], predictions))
         print(f"{options.dataset}, LinearSVC, {name}: {line}", flush=True)
     if "rating" not in features:
         return
     train, test = read_parts(options, builder, text, "rating")
     for name, longest in _FEATURES.items():
-        line = describe_ratings(test[1], fit(linear_model.Ridge(alpha=1.0), longest, *train).predict(test[0]))
+        predictions = fit(linear_model.Ridge(alpha=1.0), longest, *train).predict(test[0])
+        line = sentiment.in_words(sentiment.compare(test[1], predictions))
         print(f"{options.dataset}, ridge regression, {name}: {line}", flush=True)
 
 
@@ -77,21 +78,6 @@ def fit(model, longest: int, lines: np.ndarray, targets: np.ndarray) -> pipeline
         return pipeline.make_pipeline(tfidf, model).fit(lines, targets)
     except ValueError as error:  # no text has a word, all have one class
         raise runner.AppError(f"the training part teaches nothing: {error}; choose another --dataset") from error
-
-
-def describe_classes(labels: np.ndarray, predictions: np.ndarray) -> str:
-    """Accuracy and macro-averaged F1, of the classes that the part has, in the apps' words."""
-    correct = int(np.sum(predictions == labels))
-    f1 = metrics.f1_score(labels, predictions, average="macro", labels=np.unique(labels))
-    return f"Accuracy: {100 * correct / len(labels):.2f}% ({correct}/{len(labels)}) | Macro-F1: {100 * f1:.2f}%"
-
-
-def describe_ratings(ratings: np.ndarray, predictions: np.ndarray) -> str:
-    """How well signs are told (where a rating isn't 0), Pearson's r and mean absolute error, in the apps' words."""
-    signed = ratings != 0
-    signs = describe_classes(ratings[signed] > 0, predictions[signed] > 0)
-    pearson = stats.pearsonr(predictions, ratings).statistic
-    return f"{signs} | Pearson's r: {pearson:.4f} | Mean absolute error: {np.abs(predictions - ratings).mean():.3f}"
 
 
 if __name__ == "__main__":

@@ -258,6 +258,51 @@ def test_strings_in_and_out_and_awkward_names(tmp_path):
     assert outputs["length"].tolist() == [2, 6]
 
 
+class Words(tf.Module):
+    """Texts to numbers by a table, which is no weight of a model."""
+
+    def __init__(self):
+        super().__init__()
+        pairs = tf.lookup.KeyValueTensorInitializer(["no", "yes"], [-1.0, 1.0])
+        self.table = tf.lookup.StaticHashTable(pairs, 0.0)
+
+
+def test_tables_that_serve_uses_are_brought_along(tmp_path):
+    model, words, texts = dense(np.full([1, 1], 3, "float32")), Words(), np.array([b"yes", b"what?", b"no"])
+    given = {
+        "inputs": texts,
+        "serve": lambda text: {"value": model(words.table.lookup(text)[:, tf.newaxis])[:, 0]},
+        "input_signature": {"text": tf.TensorSpec([None], tf.string)},
+    }
+    with pytest.raises(tfhalf.ExportError, match=r"isn't a weight of the model or one of `resources`"):
+        tfhalf.export_saved_model(model, tmp_path / "1", **given)
+    assert not list(tmp_path.iterdir())
+    tfhalf.export_saved_model(model, tmp_path / "1", resources=[words], **given)  # runs in a fresh process
+    np.testing.assert_array_equal(tfhalf.load_saved_model(tmp_path / "1")(texts)["value"], [3, 0, -3])
+
+
+def test_several_decisions_are_served_by_their_names(tmp_path):
+    # In float16 the weight is 1, so that the texts that are decided on differ, in length too.
+    model, inputs = dense(np.array([[1 + 2.0**-12]], "float32")), np.ones([2, 1], "float32")
+    serve, signature = export._serve_model(model)
+
+    def name(raw):
+        return {"name": tf.where(raw["dense"][:, 0] > 1, "above one", "one")}
+
+    decide = {"": name, "_half": lambda raw: {"half": raw["dense"] / 2}}
+    manifest = tfhalf.export_saved_model(
+        model, tmp_path / "1", inputs=inputs, serve=serve, input_signature=signature, decide=decide
+    )
+    bases = ("serving_default", "serving_float32")
+    assert manifest.signatures.keys() == {base + added for base in bases for added in ("", "_half", "_raw")}
+    for base in bases:
+        tolerances = [manifest.signatures[base + added]["tolerance"] for added in ("", "_half", "_raw")]
+        assert tolerances == [None, None, export.TOLERANCES["float16"]]
+        assert tfhalf.load_saved_model(tmp_path / "1", base)(inputs)["name"].tolist() == [b"one"] * 2
+        assert tfhalf.load_saved_model(tmp_path / "1", f"{base}_half")(inputs)["half"].tolist() == [[0.5]] * 2
+    assert tfhalf.verify(tmp_path / "1") == manifest
+
+
 def test_existing_versions_stay_as_they_are(copy, trained_model, samples):
     before = tfhalf.bundle.hashes(copy)
     with pytest.raises(tfhalf.ExportError, match="exists; choose another version"):

@@ -19,7 +19,7 @@ def test_tensorboard_shows_the_run(build_convnet, pictures, tmp_path):
         model, lambda epoch: data, data, workdir=tmp_path, epochs=3, steps_per_epoch=6, monitor="val_loss",
         config={"seed": 1, "plan": {"default": "x"}}, show=lambda model: {"predictions": png},
     )  # fmt: skip
-    training.write_results(tmp_path, progress, {"seed": 1}, {"accuracy": 0.5}, {"confusion": png}, 18)
+    training.write_results(tmp_path, progress, {"seed": 1}, {"accuracy": 0.5}, {"confusion": png, "table": "| a |"}, 18)
     train, validation = (EventAccumulator(str(tmp_path / "tensorboard" / name)) for name in ("train", "validation"))
     train.Reload()
     validation.Reload()
@@ -30,7 +30,11 @@ def test_tensorboard_shows_the_run(build_convnet, pictures, tmp_path):
     }  # fmt: skip
     assert tags["graph"]
     assert "_hparams_/session_start_info" in train.summary_metadata
-    assert set(validation.Tags()["tensors"]) == {"epoch/loss", "epoch/mae", "predictions", "confusion"}
+    assert set(validation.Tags()["tensors"]) == {"epoch/loss", "epoch/mae", "predictions", "confusion", "table"}
+    (table,) = validation.Tensors("table")
+    assert (table.step, table.tensor_proto.string_val[0]) == (18, b"| a |")
+    plugins = {tag: validation.summary_metadata[tag].plugin_data.plugin_name for tag in ("confusion", "table")}
+    assert plugins == {"confusion": "images", "table": "text"}
     assert [event.step for event in train.Tensors("epoch/loss")] == [6, 12, 18]
     seen = [float(tf.make_ndarray(event.tensor_proto)) for event in validation.Tensors("epoch/loss")]
     np.testing.assert_allclose(seen, [epoch["val_loss"] for epoch in progress.history], rtol=1e-6)

@@ -138,7 +138,7 @@ def load_data(options) -> runner.Data:
     _check_options(options)
     wanted = {"image": "Image", "label": "ClassLabel"}
     features = sets.require_features(options, "image classification", wanted)
-    builder = runner.prepare_dataset(options)
+    builder = sets.prepare(options)
     train, validation, test = sets.split_names(builder)
     class_names = features["label"].names
     channels = 1 if features["image"].shape[-1] in (1, 2) else 3

@@ -222,7 +222,7 @@ def load_data(options) -> runner.Data:
             f"--dataset={options.dataset}: its objects have {listing}; object detection needs bbox (BBoxFeature) and "
             "label (ClassLabel)"
         )
-    builder = runner.prepare_dataset(options)
+    builder = sets.prepare(options)
     train, validation, test = _splits(builder)
     channels = 1 if features["image"].shape[-1] in (1, 2) else 3
 

@@ -132,7 +132,7 @@ def load_data(options) -> runner.Data:
             f"--dataset={options.dataset}: its segmentation_mask has the shape {features['segmentation_mask'].shape}; "
             "segmentation needs one channel that holds classes"
         )
-    builder = runner.prepare_dataset(options)
+    builder = sets.prepare(options)
     train, validation, test = sets.split_names(builder)
     lowest, about = _classes(options, features["segmentation_mask"], builder, train)
     channels = 1 if features["image"].shape[-1] in (1, 2) else 3

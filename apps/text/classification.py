@@ -64,7 +64,7 @@ def load_data(options) -> runner.Data:
     """Reads any TFDS set with a text and a class."""
     encoder.check_options(options)
     features = sets.require_features(options, "text classification", {"text": "Text", "label": "ClassLabel"})
-    parts = encoder.read_parts(options, runner.prepare_dataset(options), "text", "label")
+    parts = encoder.read_parts(options, sets.prepare(options), "text", "label")
     class_names = features["label"].names
     one_hot = np.eye(len(class_names), dtype="float32")
     return encoder.to_data(options, parts, lambda labels: one_hot[labels], {"class_names": class_names})
@@ -86,11 +86,15 @@ def serve(model: keras.Model, data: runner.Data):
 def score(call: runner.Call, data: runner.Data) -> dict[str, float]:
     """Cross-entropy, accuracy and macro-averaged F1 over the test part."""
     probabilities, labels = predict(call, data.test)
-    predictions = probabilities.argmax(axis=-1)
     likelihood = probabilities[np.arange(len(labels)), labels]
+    loss = float(np.mean(-np.log(np.maximum(likelihood, np.finfo(np.float32).tiny))))
+    return {"loss": loss} | count(labels, probabilities.argmax(axis=-1))
+
+
+def count(labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
+    """Returns accuracy, macro-averaged F1 of the classes that `labels` has, and the numbers behind them."""
     correct = int(np.sum(predictions == labels))
     return {
-        "loss": float(np.mean(-np.log(np.maximum(likelihood, np.finfo(np.float32).tiny)))),
         "accuracy": correct / len(labels),
         "macro_f1": float(metrics.f1_score(labels, predictions, average="macro", labels=np.unique(labels))),
         "correct": correct,
@@ -100,9 +104,14 @@ def score(call: runner.Call, data: runner.Data) -> dict[str, float]:
 
 def describe(scores: dict[str, float]) -> str:
     """The line that ends a run."""
+    return f"Test loss: {scores['loss']:.4f} | {in_words(scores)}"
+
+
+def in_words(counts: dict[str, float]) -> str:
+    """Returns what `count` returned as a part of a line."""
     return (
-        f"Test loss: {scores['loss']:.4f} | Accuracy: {100 * scores['accuracy']:.2f}% "
-        f"({scores['correct']:.0f}/{scores['total']:.0f}) | Macro-F1: {100 * scores['macro_f1']:.2f}%"
+        f"Accuracy: {100 * counts['accuracy']:.2f}% ({counts['correct']:.0f}/{counts['total']:.0f}) | "
+        f"Macro-F1: {100 * counts['macro_f1']:.2f}%"
     )
 
 

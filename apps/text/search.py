@@ -62,7 +62,9 @@ def beam(
 
         at_limit = (index + 1 >= limits)[:, tf.newaxis]
         flat = tf.reshape(totals, [batch, beam_size * vocabulary_size])
-        may_end = (totals[:, :, end] >= tf.math.top_k(flat, beam_size).values[:, -1:]) | at_limit
+        # Twice as many as go on: END is at most once among those of each sequence.
+        likeliest, chosen = tf.math.top_k(flat, 2 * beam_size)
+        may_end = (totals[:, :, end] >= likeliest[:, beam_size - 1, tf.newaxis]) | at_limit
         finished = tf.where(may_end, totals[:, :, end] / length_penalty(index + 1, alpha), -float("inf"))
         winner = tf.argmax(finished, axis=1, output_type=tf.int32)
         candidate = tf.gather(finished, winner, batch_dims=1)
@@ -70,9 +72,9 @@ def beam(
         ending = _append(tf.gather(sequences, winner, batch_dims=1), tf.fill([batch], end))
         best_sequence = tf.where(better[:, tf.newaxis], ending, _append(best_sequence, tf.fill([batch], pad)))
 
-        going_on = (tf.range(vocabulary_size) != end) & ~at_limit
-        totals = tf.where(going_on[:, tf.newaxis], totals, -float("inf"))
-        alive, chosen = tf.math.top_k(tf.reshape(totals, [batch, beam_size * vocabulary_size]), beam_size)
+        going_on = (chosen % vocabulary_size != end) & ~at_limit
+        alive, ranks = tf.math.top_k(tf.where(going_on, likeliest, -float("inf")), beam_size)
+        chosen = tf.gather(chosen, ranks, batch_dims=1)
         parents, tokens = chosen // vocabulary_size, chosen % vocabulary_size
         sequences = _append(tf.gather(sequences, parents, batch_dims=1), tokens)
         rows = tf.reshape(first_row + parents, [-1])

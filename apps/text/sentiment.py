@@ -20,7 +20,6 @@ import tensorflow as tf
 from absl import flags
 from matplotlib.figure import Figure
 from scipy import stats
-from sklearn import metrics
 
 from apps import figures, runner, sets
 from apps.text import classification, encoder, texts
@@ -74,7 +73,7 @@ def load_data(options) -> runner.Data:
     """Reads any TFDS set with a text (or sentence) and a label, or a rating."""
     encoder.check_options(options)
     graded = options.target == "graded"
-    features = runner.describe_dataset(options).info.features
+    features = sets.describe(options).info.features
     text = "sentence" if "sentence" in features else "text"
     target, kind = ("rating", "Scalar") if graded or "rating" in features else ("label", "ClassLabel")
     sets.require_features(options, f"{options.target} sentiment", {text: "Text", target: kind})
@@ -83,7 +82,7 @@ def load_data(options) -> runner.Data:
             f"--dataset={options.dataset} has {features['label'].num_classes} classes; sentiment needs two, negative "
             "first: for others there is apps.text.classification"
         )
-    parts = encoder.read_parts(options, runner.prepare_dataset(options), text, target)
+    parts = encoder.read_parts(options, sets.prepare(options), text, target)
     if target == "rating" and not graded:
         for part in parts:
             signed = part[1] != 0
@@ -126,16 +125,15 @@ def score(call: runner.Call, data: runner.Data) -> dict[str, float]:
     if not data.about["graded"]:
         return classification.score(call, data)
     seen, expected = _rate(call, data.test)
-    signed = expected != 0
-    right = (seen > 0)[signed] == (expected > 0)[signed]
-    return {
-        "loss": float(np.mean(((seen - expected) / _MOST) ** 2)),
-        "accuracy": float(np.mean(right)),
-        "macro_f1": float(metrics.f1_score(expected[signed] > 0, seen[signed] > 0, average="macro")),
-        "pearson": float(stats.pearsonr(seen, expected).statistic),
-        "mae": float(np.mean(np.abs(seen - expected))),
-        "correct": int(np.sum(right)),
-        "total": int(np.sum(signed)),
+    return {"loss": float(np.mean(((seen - expected) / _MOST) ** 2))} | compare(expected, seen)
+
+
+def compare(ratings: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
+    """Returns how well signs are told (where a rating isn't 0), Pearson's r and mean absolute error."""
+    signed = ratings != 0
+    return classification.count(ratings[signed] > 0, predictions[signed] > 0) | {
+        "pearson": float(stats.pearsonr(predictions, ratings).statistic),
+        "mae": float(np.mean(np.abs(predictions - ratings))),
     }
 
 
@@ -148,7 +146,12 @@ def _rate(call: runner.Call, dataset: tf.data.Dataset) -> tuple[np.ndarray, np.n
 
 def describe(scores: dict[str, float]) -> str:
     """The line that ends a run."""
-    line = classification.describe(scores)
+    return f"Test loss: {scores['loss']:.4f} | {in_words(scores)}"
+
+
+def in_words(scores: dict[str, float]) -> str:
+    """Returns what `compare` or `classification.count` returned as a part of a line."""
+    line = classification.in_words(scores)
     if "pearson" in scores:
         line += f" | Pearson's r: {scores['pearson']:.4f} | Mean absolute error: {scores['mae']:.3f}"
     return line

@@ -19,7 +19,7 @@ from apps.text import pieces
 _POOL = 50  # batches whose examples are sorted by length together
 _MULTIPLE = 8  # lengths of batches: few different ones
 _SHOWN_CHARACTERS = 200
-_VOCABULARY_TEXTS = 200_000  # of each language; more don't change the pieces much, and take long
+_VOCABULARY_TEXTS = 200_000  # of each language: learning pieces takes longer with each
 
 
 def read(builder: tfds.core.DatasetBuilder, split: str, names: Sequence[str]) -> list[np.ndarray]:
@@ -57,12 +57,12 @@ def to_ragged(rows: Iterable[np.ndarray]) -> tf.RaggedTensor:
     return tf.RaggedTensor.from_row_lengths(values, [len(row) for row in rows])
 
 
-def training_order(options, *lengths: np.ndarray) -> tuple[Callable[[int], np.ndarray], int]:
+def training_order(options, lengths: np.ndarray) -> tuple[Callable[[int], np.ndarray], int]:
     """Returns which examples make which batch, and the number of batches in an epoch.
 
     Args:
         options: the parsed flags `batch_size` and `seed`.
-        *lengths: of each example; where there are several, the last counts most.
+        lengths: of each example, `[examples]`.
 
     Returns:
         Epoch (from 0) to int `[batches, batch_size]`, rows of examples; and the number of batches.
@@ -70,7 +70,7 @@ def training_order(options, *lengths: np.ndarray) -> tuple[Callable[[int], np.nd
     Raises:
         AppError: there are fewer examples than a batch has.
     """
-    num, size = len(lengths[0]), options.batch_size
+    num, size = len(lengths), options.batch_size
     steps = num // size
     if not steps:
         raise runner.AppError(f"--batch_size={size} is more than the {num} training examples; lower it")
@@ -79,7 +79,7 @@ def training_order(options, *lengths: np.ndarray) -> tuple[Callable[[int], np.nd
         random = np.random.default_rng(sets.epoch_seed(options.seed, epoch))
         drawn = random.permutation(num)[: steps * size]
         pools = np.split(drawn, range(_POOL * size, len(drawn), _POOL * size))
-        alike = np.concatenate([pool[np.lexsort([side[pool] for side in lengths])] for pool in pools])
+        alike = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
         return random.permutation(alike.reshape([steps, size]))
 
     return order, steps

@@ -20,13 +20,13 @@ table); Xiong et al. 2020, arXiv:2002.04745 (normalisation in front).
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import keras
 import keras_hub
 import numpy as np
 import tensorflow as tf
-import tensorflow_datasets as tfds
 from absl import flags
 from sacrebleu.metrics import BLEU, CHRF
 
@@ -251,8 +251,8 @@ def load_data(options) -> runner.Data:
     """Reads any TFDS set with texts in two languages or more."""
     if options.width % encoder.HEAD_WIDTH:
         raise runner.AppError(f"--width={options.width} must be a multiple of {encoder.HEAD_WIDTH}")
-    languages = choose_languages(options, runner.describe_dataset(options).info.features)
-    builder = runner.prepare_dataset(options)
+    languages = choose_languages(options, sets.describe(options).info.features)
+    builder = sets.prepare(options)
     train, validation, test = (texts.read(builder, split, languages) for split in sets.split_names(builder))
     vocabulary = texts.learn_pieces(options, *train, lowercase=False)
     pairs, held_out = _encode(vocabulary, train, "training"), _encode(vocabulary, validation, "validation")
@@ -282,15 +282,13 @@ def choose_languages(options, features) -> tuple[str, str]:
     Raises:
         AppError: the set has no two, or the flags name others.
     """
-    found = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {"": features}
-    kinds = {name: type(feature).__name__ for name, feature in found.items()}
+    found = sets.kinds(features)
     # Beside languages a set may have other texts, as the name of a page.
-    languages = [name for name, kind in kinds.items() if kind == "Text" and re.fullmatch("[a-z]{2,3}([-_].+)?", name)]
-    listing = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+    languages = [name for name, kind in found.items() if kind == "Text" and re.fullmatch("[a-z]{2,3}([-_].+)?", name)]
     if len(languages) < 2:
         raise runner.AppError(
-            f"--dataset={options.dataset} has the features {listing}; machine translation needs texts (Text) in two "
-            "languages, named by their codes"
+            f"--dataset={options.dataset} has the features {sets.in_words(found)}; machine translation needs texts "
+            "(Text) in two languages, named by their codes"
         )
     for flag in ("source", "target"):
         value = getattr(options, flag)
@@ -424,17 +422,27 @@ def _translations(call: runner.Call, dataset: tf.data.Dataset) -> list[tuple[str
 def score(call: runner.Call, data: runner.Data) -> dict[str, float]:
     """sacreBLEU and chrF of the test part."""
     _, references, translations = zip(*_translations(call, data.test), strict=True)
+    return compare(translations, references) | {"total": len(translations)}
+
+
+def compare(translations: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Returns sacreBLEU and chrF."""
     bleu, chrf = (metric().corpus_score(translations, [references]).score for metric in (BLEU, CHRF))
-    return {"bleu": bleu, "chrf": chrf, "total": len(translations)}
+    return {"bleu": bleu, "chrf": chrf}
 
 
 def describe(scores: dict[str, float]) -> str:
     """The line that ends a run."""
+    return f"Test {in_words(scores)}"
+
+
+def in_words(scores: dict[str, float]) -> str:
+    """Returns what `compare` returned as a part of a line, with signatures."""
     parts = []
     for name, metric in (("BLEU", BLEU()), ("chrF", CHRF())):
         metric.corpus_score([""], [[""]])  # the signature tells how many references there were
         parts.append(f"{name}: {scores[name.lower()]:.2f} ({metric.get_signature()})")
-    return f"Test {' | '.join(parts)}"
+    return " | ".join(parts)
 
 
 def show(model: keras.Model, data: runner.Data) -> dict[str, str]:

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 
 from apps import runner
-from apps.text import pieces, translation
+from apps.text import classification, pieces, sentiment, translation
 from benchmarks import decoding, phrase_table, text_baseline
 from tests.conftest import options_for, run_module
 from tfhalf import datasets
@@ -248,7 +248,9 @@ def test_nothing_to_learn_from():
 
 
 def test_copy_scores():
-    line = phrase_table.describe(["la casa roja y el perro", "no"], ["la casa roja y el perro", "no"])
+    line = translation.in_words(
+        translation.compare(["la casa roja y el perro", "no"], ["la casa roja y el perro", "no"])
+    )
     assert line.startswith("BLEU: 100.00 (nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.")
     assert "| chrF: 100.00 (nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:2." in line
 
@@ -348,9 +350,9 @@ def test_linear_models_on_words_that_tell(folder, capsys):
 def test_scores_by_hand():
     labels, predictions = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 3])
     # F1 of 0 is 2/3, of 1 too, of 2 it is 0; nothing is 3.
-    line = text_baseline.describe_classes(labels, predictions)
+    line = classification.in_words(classification.count(labels, predictions))
     assert line == "Accuracy: 50.00% (2/4) | Macro-F1: 44.44%"
-    line = text_baseline.describe_ratings(np.array([1.0, -2.0, 0.0]), np.array([0.5, 1.0, -1.5]))
+    line = sentiment.in_words(sentiment.compare(np.array([1.0, -2.0, 0.0]), np.array([0.5, 1.0, -1.5])))
     assert line.startswith("Accuracy: 50.00% (1/2) | Macro-F1: 33.33% | ")
     # Without their means 0 and -1/3: -1.5 / sqrt(3.5 * 42 / 9).
     assert line.endswith("Pearson's r: -0.3712 | Mean absolute error: 1.667")

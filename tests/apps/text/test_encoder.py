@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 import tfhalf
-from apps import runner
+from apps import runner, sets
 from apps.text import classification, encoder, pieces, texts
 from apps.text.wordpieces import WordPieces
 from tests.conftest import options_for
@@ -504,7 +504,7 @@ def folder(tmp_path_factory) -> str:
 
 def read_parts(folder: str, name: str, target: str = "label"):
     options = options_for(classification.TASK, f"--dataset={name}", f"--data_dir={folder}")
-    return encoder.read_parts(options, runner.prepare_dataset(options), "text", target)
+    return encoder.read_parts(options, sets.prepare(options), "text", target)
 
 
 def names_of(part) -> dict[str, int]:

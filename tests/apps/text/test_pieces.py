@@ -116,7 +116,14 @@ def test_real_texts(vocabulary, lines):
     check(vocabulary, lines)
     encoded = vocabulary.encode(lines)
     assert {row.dtype for row in encoded} == {np.dtype("int32")}
-    assert lists(encoded) == by_sentencepiece(vocabulary, lines)
+    # A whole text's sums round otherwise than a word's: where two spellings are as good, the other one may come out.
+    parsed = sentencepiece_model_pb2.ModelProto.FromString(vocabulary.model).pieces
+    wholes = by_sentencepiece(vocabulary, lines)
+    ties = [pair for pair in zip(lists(encoded), wholes, strict=True) if pair[0] != pair[1]]
+    assert len(ties) < 0.005 * len(lines)
+    for pair in ties:
+        by_words, whole = (sum(parsed[index].score for index in row) for row in pair)
+        assert by_words == pytest.approx(whole, abs=1e-4)
     assert 1000 < vocabulary.size <= 1500
     assert max(row.max() for row in encoded if len(row)) < vocabulary.size
     # A text is fewer tokens than characters by far, or these aren't sub-words.

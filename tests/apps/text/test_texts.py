@@ -82,18 +82,6 @@ def test_rows_of_a_batch_have_similar_lengths():
         assert abs(stats.spearmanr(np.arange(steps), lengths[rows].mean(axis=1)).statistic) < 0.2
 
 
-def test_of_two_lengths_the_last_counts_most():
-    source = lengths_of(4000)
-    target = np.maximum(1, source + np.random.default_rng(1).integers(-6, 7, 4000))
-    order, _ = texts.training_order(options("--batch_size=16"), source, target)
-    rows = order(0)
-    assert padding(rows, target) < 0.1
-    assert padding(rows, target) < padding(rows, source) < 0.45
-    alike = np.full(4000, 9)  # where the last ones don't differ, the others decide
-    order, _ = texts.training_order(options("--batch_size=16"), source, alike)
-    assert padding(order(0), source) < 0.1
-
-
 def test_batch_larger_than_the_part_is_refused():
     message = "--batch_size=8 is more than the 7 training examples; lower it"
     with pytest.raises(runner.AppError, match=message):

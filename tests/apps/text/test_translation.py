@@ -143,6 +143,11 @@ def test_loss_agrees_with_keras():
     assert float(copied(targets, logits)) == pytest.approx(np.mean(losses), rel=1e-6)
 
 
+def test_pairs_are_sorted_by_their_longer_side():
+    source, target = (tf.RaggedTensor.from_row_lengths([1] * sum(row), row) for row in ([3, 1, 2], [1, 4, 2]))
+    np.testing.assert_array_equal(translation._lengths([source, target]), [3, 4, 2])
+
+
 def test_accuracy_does_not_count_pad():
     targets = np.array([[5, 6, 7, 0], [5, 0, 0, 0]])
     logits = np.eye(9, dtype="float32")[[[5, 6, 8, 0], [4, 0, 0, 0]]]
