@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+pytest.register_assert_rewrite("tests.apps.contract")
 
 
 def run_module(*arguments: str, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
