@@ -55,7 +55,7 @@ def _run(values: flags.FlagValues, names: list[str]) -> None:
 
 def _searching(find, make, model: keras.Model, settings: dict):
     def run(raw, limits):
-        step, state = make(model, raw["encoded"], raw["source_ids"] != pieces.PAD)
+        step, state = make(model, raw["encoded"], raw["source_ids"])
 
         def endless(token_ids, index, state):
             log_probs, state = step(token_ids, index, state)
@@ -80,17 +80,17 @@ def _measure(searches, raw, limits: tf.Tensor, rounds: int) -> tuple[dict[str, n
     return {name: np.array(values[1:]) for name, values in seconds.items()}, min(same)
 
 
-def whole(model: keras.Model, encoded: tf.Tensor, padding_mask: tf.Tensor) -> tuple[search.Step, tf.Tensor]:
+def whole(model: keras.Model, encoded: tf.Tensor, source_ids: tf.Tensor) -> tuple[search.Step, tf.Tensor]:
     """Returns the decoder as a step that runs over all tokens so far, and none of them."""
     places = [model.get_layer("encoder_norm").output, model.input["source_ids"], model.input["target_ids"]]
     decoder = keras.Model(places, model.get_layer("decoder_norm").output)
-    sources = encoded, tf.cast(padding_mask, tf.int32)  # of the ids it asks only which are PAD
 
     def step(token_ids, index, before):
         tokens = tf.concat([before, token_ids[:, tf.newaxis]], axis=1)
         beam_size = tf.shape(tokens)[0] // tf.shape(encoded)[0]
-        x = decoder([*(tf.repeat(side, beam_size, axis=0) for side in sources), tokens], training=False)[:, -1]
-        return tf.nn.log_softmax(model.get_layer("logits")(model.get_layer("projection")(x))), tokens
+        sources = (tf.repeat(side, beam_size, axis=0) for side in (encoded, source_ids))
+        decoded = decoder([*sources, tokens], training=False)[:, -1:]
+        return translation.log_probs(model, decoded, encoded, source_ids), tokens
 
     return step, tf.zeros([tf.shape(encoded)[0], 0], tf.int32)
 

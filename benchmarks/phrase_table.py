@@ -30,8 +30,8 @@ from absl import app, flags
 
 from apps import runner, sets
 from apps.text import texts, translation
+from apps.text.lexicon import Numbered, ibm_model_1, make_grid
 
-_ITERATIONS = 5
 _LONGEST_LINE = 80  # words in a training text; as Moses' manual calls clean-corpus-n.perl
 _LONGEST = 4  # words in a phrase; Koehn et al., section 4.3: more than three hardly help
 _TABLE_WEIGHT, _MODEL_WEIGHT, _PHRASE_BONUS, _WORD_BONUS = 0.2, 0.5, 0.2, 1.0
@@ -88,22 +88,6 @@ def detokenize(tokens: Sequence[str]) -> str:
     return re.sub(f" {_JOINER}|{_JOINER} |{_JOINER}", "", " ".join(tokens))
 
 
-class Numbered(NamedTuple):
-    """Texts as numbers of words.
-
-    Attributes:
-        words: int64 `[places]`, 0 in front of each text and behind it.
-        starts: the place of each text's first word.
-        lengths: each text's words.
-        size: the numbers are below it.
-    """
-
-    words: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-    size: int
-
-
 def number(lines: Sequence[Sequence[str]], numbers: dict[str, int]) -> Numbered:
     """Returns texts as numbers, from 1; words that aren't in `numbers` get the next ones."""
     words = [0]
@@ -115,50 +99,6 @@ def number(lines: Sequence[Sequence[str]], numbers: dict[str, int]) -> Numbered:
 
 
 # Alignment
-
-
-class Grid(NamedTuple):
-    """Each word of a source with each word of its target, `[entries]`; and the different pairs of words, `[pairs]`."""
-
-    source_places: np.ndarray
-    target_places: np.ndarray
-    pair: np.ndarray
-    source_words: np.ndarray
-    target_words: np.ndarray
-
-
-def make_grid(source: Numbered, target: Numbered) -> Grid:
-    """Returns all pairs that an alignment chooses from."""
-    row_line = np.repeat(np.arange(len(source.lengths)), source.lengths)
-    repeats = target.lengths[row_line]
-    source_places = np.repeat(np.flatnonzero(source.words).astype("int32"), repeats)
-    first = target.starts[row_line] - (np.cumsum(repeats) - repeats)
-    target_places = (np.repeat(first, repeats) + np.arange(len(source_places))).astype("int32")
-    keys = source.words[source_places] * target.size + target.words[target_places]
-    keys, pair = np.unique(keys, return_inverse=True)
-    return Grid(source_places, target_places, pair.astype("int32"), *np.divmod(keys, target.size))
-
-
-def ibm_model_1(words: np.ndarray, places: np.ndarray, pair: np.ndarray, given: np.ndarray):
-    """Returns how likely each pair's word is given its other word, float64 `[pairs]`, and given none, `[words]`.
-
-    Args:
-        words: the words to explain, `[places]`.
-        places: their places in the grid, `[entries]`.
-        pair: of the grid.
-        given: the other words, `[pairs]`.
-    """
-    is_word = words > 0
-    likely, alone = np.full(len(given), 1.0), np.full(words.max() + 1, 1.0)
-    for _ in range(_ITERATIONS):
-        each = likely[pair]
-        by_none = np.where(is_word, alone[words], 0.0)
-        total = np.where(is_word, np.bincount(places, each, minlength=len(words)) + by_none, 1.0)
-        counts = np.bincount(pair, each / total[places])
-        likely = counts / np.bincount(given, counts)[given]
-        alone = np.bincount(words, by_none / total)
-        alone /= alone.sum()
-    return likely, alone
 
 
 def align(source: Numbered, target: Numbered) -> tuple[np.ndarray, np.ndarray]:

@@ -11,14 +11,13 @@ import tensorflow_datasets as tfds
 from absl import flags
 
 from apps import runner
-from apps.text import classification, pieces, sentiment, translation
+from apps.text import classification, lexicon, pieces, sentiment, translation
 from benchmarks import decoding, phrase_table, text_baseline
 from tests.conftest import options_for, run_module
 from tfhalf import datasets
 
 GERMAN = ["das Haus", "das Buch", "ein Buch", "ein Haus"]
 ENGLISH = ["the house", "the book", "a book", "a house"]
-DICTIONARY = {"das": "the", "ein": "a", "haus": "house", "buch": "book"}
 
 
 # Words
@@ -46,45 +45,10 @@ def numbered(lines):
     return phrase_table.number([line.lower().split() for line in lines], numbers), ["", *numbers]
 
 
-def test_model_1_finds_the_dictionary():
-    (source, german), (target, english) = numbered(GERMAN), numbered(ENGLISH)
-    assert source.words.tolist() == [0, 1, 2, 0, 1, 3, 0, 4, 3, 0, 4, 2, 0]
-    assert [source.words[start] for start in source.starts] == [1, 1, 4, 4]
-    grid = phrase_table.make_grid(source, target)
-    assert len(grid.pair) == 4 * 2 * 2
-    likely, alone = phrase_table.ibm_model_1(target.words, grid.target_places, grid.pair, grid.source_words)
-    assert alone.sum() == pytest.approx(1)
-    for word in range(1, source.size):
-        mine = grid.source_words == word
-        assert likely[mine].sum() == pytest.approx(1)
-        best = grid.target_words[mine][likely[mine].argmax()]
-        assert english[best] == DICTIONARY[german[word]]
+def test_alignment_of_the_textbook():
+    (source, _), (target, _) = numbered(GERMAN), numbered(ENGLISH)
     points = phrase_table.align(source, target)
     assert set(zip(*(side.tolist() for side in points), strict=True)) == {(p, p) for p in (1, 2, 4, 5, 7, 8, 10, 11)}
-
-
-def test_model_1_agrees_with_loops():
-    random = np.random.default_rng(0)
-    lines = [[" ".join(random.choice(list("abcdef"), random.integers(1, 6))) for _ in range(20)] for _ in range(2)]
-    (source, sources), (target, targets) = map(numbered, lines)
-    grid = phrase_table.make_grid(source, target)
-    likely, alone = phrase_table.ibm_model_1(target.words, grid.target_places, grid.pair, grid.source_words)
-    # Brown et al. 1993, section 4.1, with None as the word in front of each source.
-    pairs = [([None, *left.split()], right.split()) for left, right in zip(*lines, strict=True)]
-    expected = {(e, f): 1.0 for left, right in pairs for e in left for f in right}
-    for _ in range(5):
-        counts = dict.fromkeys(expected, 0.0)
-        for left, right in pairs:
-            for f in right:
-                total = sum(expected[e, f] for e in left)
-                for e in left:
-                    counts[e, f] += expected[e, f] / total
-        totals = {e: sum(count for (other, _), count in counts.items() if other == e) for e, _ in counts}
-        expected = {pair: count / totals[pair[0]] for pair, count in counts.items()}
-    for value, e, f in zip(likely, grid.source_words, grid.target_words, strict=True):
-        assert value == pytest.approx(expected[sources[e], targets[f]], rel=1e-9)
-    for f in range(1, target.size):
-        assert alone[f] == pytest.approx(expected[None, targets[f]], rel=1e-9)
 
 
 def test_alignment_grows_by_neighbours():
@@ -396,14 +360,16 @@ def test_refusal_is_one_line():
 
 def test_decoder_over_all_tokens_is_the_model():
     options = options_for(translation.TASK, "--dtype_policy=float32", "--width=32", "--depth=1")
-    model = runner.build(translation.TASK, options, runner.Data(None, 1, None, None, {"vocabulary_size": 20}))
     random = np.random.default_rng(0)
+    known = lexicon.Lexicon(random.integers(4, 20, [20, 3]), random.random([20, 3]))
+    data = runner.Data(None, 1, None, None, {"vocabulary_size": 20}, resources=(None, known))
+    model = runner.build(translation.TASK, options, data)
     source_ids, target_ids = (random.integers(4, 20, shape).astype("int32") for shape in ([2, 5], [6, 4]))
     source_ids[1, 3:] = pieces.PAD
     encoded = model.get_layer("encoder_norm").output
     encoded = decoding.keras.Model(model.input["source_ids"], encoded)(source_ids)
     expected = model({"source_ids": np.repeat(source_ids, 3, axis=0), "target_ids": target_ids})
-    step, state = decoding.whole(model, encoded, tf.constant(source_ids != pieces.PAD))
+    step, state = decoding.whole(model, encoded, tf.constant(source_ids))
     state = tf.repeat(state, 3, axis=0)
     for index in range(4):
         log_probs, state = step(tf.constant(target_ids[:, index]), tf.constant(index), state)

@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 
 import tfhalf
 from apps import runner
-from apps.text import pieces, translation
+from apps.text import lexicon, pieces, translation
 from tests.conftest import options_for
 
 POLICIES = ["float32", "mixed_float16", "mixed_bfloat16"]
@@ -113,7 +113,10 @@ def answer(learned):
 
 
 def data_for(size: int = 50) -> runner.Data:
-    return runner.Data(None, 10, None, None, {"vocabulary_size": size, "beam_size": 2})
+    random = np.random.default_rng(2)
+    known = lexicon.Lexicon(random.integers(4, size, [size, 3]), random.dirichlet(np.ones(4), size)[:, :3])
+    about = {"vocabulary_size": size, "beam_size": 2}
+    return runner.Data(None, 10, None, None, about, resources=(None, known))
 
 
 def build(policy: str, size: int = 50, *more: str) -> keras.Model:
@@ -157,15 +160,22 @@ def test_accuracy_does_not_count_pad():
 
 
 def test_schedule_by_hand():
-    schedule = translation.InverseSquareRoot(0.01, 100)
-    rates = [float(schedule(step)) for step in (0, 49, 99, 399, 9999)]
-    np.testing.assert_allclose(rates, [0.0001, 0.005, 0.01, 0.005, 0.001], rtol=1e-5)
+    schedule = translation.InverseSquareRoot(0.01, warmup_steps=100, cooldown_steps=5000, num_steps=20_000)
+    steps = (0, 49, 99, 399, 9999, 15_000, 17_500, 19_999, 20_000)
+    expected = [0.0001, 0.005, 0.01, 0.005, 0.001, 0.1 * 15_001**-0.5, 0.05 * 17_501**-0.5, 2e-5 * 20_000**-0.5, 0]
+    rates = [float(schedule(step)) for step in steps]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
     copied = keras.optimizers.schedules.deserialize(keras.optimizers.schedules.serialize(schedule))
-    assert [float(copied(step)) for step in (0, 49, 99, 399, 9999)] == rates
+    assert [float(copied(step)) for step in steps] == rates
     options = options_for(translation.TASK, "--learning_rate=0.003")
-    for steps, warmup in ((1, 1), (1000, 100), (10**6, 4000)):
+    for steps, warmup, cooldown in ((1, 1, 1), (1000, 40, 250), (10**6, 4000, 250_000)):
         optimizer = translation.build_optimizer(options, steps)
-        assert optimizer._learning_rate.get_config() == {"learning_rate": 0.003, "warmup_steps": warmup}
+        assert optimizer._learning_rate.get_config() == {
+            "learning_rate": 0.003,
+            "warmup_steps": warmup,
+            "cooldown_steps": cooldown,
+            "num_steps": steps,
+        }
 
 
 # Model
@@ -185,7 +195,7 @@ def test_model_in_each_policy(policy):
         measured = tfhalf.coverage(model, batch)
         assert measured.multiply_adds_in_half > 0.99
         norms = {path for path in tfhalf.precision.layers_by_path(model) if path.endswith("norm")}
-        assert set(measured.islands) == norms | {"embedding"}
+        assert set(measured.islands) == norms | {"embedding", "lexicon"}
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -243,7 +253,7 @@ def test_decoding_by_cache_is_the_whole_decoder(policy):
     rows = beams.reshape([6, 7])
     whole = tf.nn.log_softmax(model({"source_ids": np.repeat(source_ids, 3, axis=0), "target_ids": rows}))
     encoder = keras.Model(model.input["source_ids"], model.get_layer("encoder_norm").output)
-    step, caches = translation.decoder(model, tf.cast(encoder(source_ids), tf.float32), source_ids != pieces.PAD)
+    step, caches = translation.decoder(model, tf.cast(encoder(source_ids), tf.float32), source_ids)
     caches = [tf.repeat(cache, 3, axis=0) for cache in caches]
     for index in range(7):
         if index == 4:  # the search reorders a text's sequences
@@ -379,8 +389,11 @@ def test_parts_of_a_set(folder, capsys):
     assert "2 of 1,000 training pairs are left out: empty, or longer than 127 pieces" in capsys.readouterr().out
     assert data.about | {"vocabulary_size": 0} == {"source": "en", "target": "es", "beam_size": 4, "vocabulary_size": 0}
     assert data.steps_per_epoch == 998 // 32
-    (vocabulary,) = data.resources
-    assert data.about["vocabulary_size"] == vocabulary.size
+    vocabulary, known = data.resources
+    assert data.about["vocabulary_size"] == vocabulary.size == known.size
+    house, casa = (vocabulary.encode([word])[0][0] for word in (b"house", b"casa"))
+    assert known.translations[house, 0] == casa
+    assert known.probabilities[house, 0] > 0.9
     for epoch in (0, 1):
         batches = list(data.train(epoch).as_numpy_iterator())
         assert len(batches) == data.steps_per_epoch
