@@ -138,7 +138,8 @@ def test_training_data_is_a_pure_function_of_seed_and_epoch(module, data_dir):
     def batch(data: runner.Data, epoch: int):
         return [array.numpy().tobytes() for array in tf.nest.flatten(next(iter(data.train(epoch))))]
 
-    first, again, other = (task.load_data(small_options(module, data_dir, f"--seed={seed}")) for seed in (1, 1, 2))
+    first = data_of(module, data_dir)
+    again, other = (task.load_data(small_options(module, data_dir, f"--seed={seed}")) for seed in (0, 1))
     assert batch(again, 0) == batch(first, 0)
     assert batch(first, 1) != batch(first, 0)
     assert batch(other, 0) != batch(first, 0)
