@@ -17,7 +17,7 @@ import tensorflow as tf
 from absl import app, flags
 
 from apps import runner
-from apps.text import pieces, search, translation
+from apps.text import decoder, pieces, search, translation
 from benchmarks import measuring
 
 _TOKENS = {"start": pieces.START, "end": pieces.END, "pad": pieces.PAD, "alpha": 0.6}
@@ -44,7 +44,7 @@ def _run(values: flags.FlagValues, names: list[str]) -> None:
     print(f"{options.plan.default}, batch {len(texts)}, {values.rounds} rounds; load {load:.1f} before")
     print("search tokens | ms per token, cache | ms per token, whole | whole / cache | same tokens")
     for search_name, settings in (("greedy", {}), ("beam", {"beam_size": options.beam_size})):
-        makers = (("cache", translation.decoder), ("whole", whole))
+        makers = (("cache", decoder.token_by_token), ("whole", whole))
         searches = {name: _searching(getattr(search, search_name), make, model, settings) for name, make in makers}
         for length in values.length:
             times, same = _measure(searches, raw, tf.fill([len(texts)], length), values.rounds)
@@ -83,14 +83,15 @@ def _measure(searches, raw, limits: tf.Tensor, rounds: int) -> tuple[dict[str, n
 def whole(model: keras.Model, encoded: tf.Tensor, source_ids: tf.Tensor) -> tuple[search.Step, tf.Tensor]:
     """Returns the decoder as a step that runs over all tokens so far, and none of them."""
     places = [model.get_layer("encoder_norm").output, model.input["source_ids"], model.input["target_ids"]]
-    decoder = keras.Model(places, model.get_layer("decoder_norm").output)
+    over_all = keras.Model(places, model.get_layer("decoder_norm").output)
+    keys = model.get_layer("lexicon").project(encoded)
 
     def step(token_ids, index, before):
         tokens = tf.concat([before, token_ids[:, tf.newaxis]], axis=1)
         beam_size = tf.shape(tokens)[0] // tf.shape(encoded)[0]
         sources = (tf.repeat(side, beam_size, axis=0) for side in (encoded, source_ids))
-        decoded = decoder([*sources, tokens], training=False)[:, -1:]
-        return translation.log_probs(model, decoded, encoded, source_ids), tokens
+        decoded = over_all([*sources, tokens], training=False)[:, -1:]
+        return decoder.log_probs(model, decoded, keys, source_ids), tokens
 
     return step, tf.zeros([tf.shape(encoded)[0], 0], tf.int32)
 

@@ -1,14 +1,13 @@
-"""A dictionary learned from pairs of texts, and how a decoder looks words up in it.
+"""A lexicon learned from pairs of texts, and how a decoder looks words up in it.
 
-How likely a target token is given a source token is learned by counting (IBM model 1). That takes seconds, and a word
-that comes three times is known by then, where a network needs many epochs. The decoder attends to source tokens, and
-the log of the probability that the dictionary gives their translations is added to its logits. So it learns what is
-likely here, among what is possible.
+How likely a target token is given a source token is learned by counting (IBM model 1), before any training. The decoder
+attends to source tokens, and the log of the probability that the lexicon gives their translations is added to its
+logits. So it learns what is likely here, among what is possible.
 
 Half precision: probabilities, attention and logarithms are float32; token ids are integers.
 
 Sources: Brown et al. 1993, J93-2003 (model 1); Arthur, Neubig and Nakamura 2016, "Incorporating discrete translation
-lexicons into neural machine translation", arXiv:1606.02006, section 3.3 (the dictionary as a bias).
+lexicons into neural machine translation", arXiv:1606.02006 (the lexicon as a bias).
 """
 
 from typing import NamedTuple
@@ -20,7 +19,7 @@ import tensorflow as tf
 from apps.text import pieces
 
 _ITERATIONS = 5
-_FLOOR = 1e-3  # probability of what the dictionary doesn't know; Arthur et al., section 5.1
+_FLOOR = 1e-3  # probability of what the lexicon doesn't know; not tuned
 
 
 # Counting
@@ -160,8 +159,16 @@ class LexiconLogits(keras.layers.Layer):
         Returns:
             float32 `[batch, length, size]`.
         """
-        query, key = (tf.cast(self.projection(tensor), tf.float32) for tensor in (x, encoded))
-        scores = tf.matmul(query, key, transpose_b=True) * self.width**-0.5
+        return self.look_up(x, self.project(encoded), source_ids)
+
+    def project(self, encoded):
+        """Returns the keys of a source, once for all tokens that look up there: as `encoded`."""
+        return self.projection(encoded)
+
+    def look_up(self, x, keys, source_ids):
+        """Does what `call` does, with keys that `project` returned."""
+        query, keys = (tf.cast(tensor, tf.float32) for tensor in (self.projection(x), keys))
+        scores = tf.matmul(query, keys, transpose_b=True) * self.width**-0.5
         attention = tf.nn.softmax(tf.where((source_ids != pieces.PAD)[:, tf.newaxis], scores, -1e9))
         probabilities = tf.gather(tf.convert_to_tensor(self.lexicon.probabilities), source_ids)
         shares = attention[..., tf.newaxis] * probabilities[:, tf.newaxis]  # [batch, length, source length, kept]

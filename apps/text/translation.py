@@ -4,20 +4,15 @@
     python -m apps.text.translation --dataset=gnome_docs/de --source=en --target=de
     python -m apps.text.translation --dataset=ted_hrlr_translate/ru_to_en --source=ru --target=en
 
-Expected of the first: not known yet; after six epochs its BLEU on held-out books is 17.8, below a phrase table's 23.1
-(2026-11-26, RESULTS.md).
+Expected of the first: not known yet. A run of an earlier state had BLEU 17.8 on held-out books after six epochs, below
+a phrase table's 23.1 (2026-11-26, RESULTS.md).
 
-A Transformer with an encoder and a decoder, its normalisations in front of each part, and one table of sub-words for
-both languages and the output; a lexicon counted from the training pairs (`apps.text.lexicon`) is added to its logits.
-It is trained on pairs of similar length with smoothed labels, and serves text in, text out: pieces
-(`apps.text.pieces`) and beam search (`apps.text.search`) are parts of the exported graph.
+A Transformer with an encoder and a decoder (`apps.text.decoder`), its normalisations in front of each part, and one
+table of sub-words for both languages and the output; a lexicon counted from the training pairs (`apps.text.lexicon`)
+is added to its logits. It is trained on pairs of similar length with smoothed labels, and serves text in, text out:
+pieces (`apps.text.pieces`) and beam search (`apps.text.search`) are parts of the exported graph.
 
-Keys and values of the tokens so far are kept (`DecoderBlock`), so that each token costs one row of attention.
-KerasHub's TransformerDecoder can do that too, but by an operation of XLA that plain servers don't have, and for each
-sequence of a beam it keeps the encoder's keys and values once more.
-
-Source: Vaswani et al. 2017, "Attention is all you need", arXiv:1706.03762; Press and Wolf 2017, arXiv:1608.05859 (one
-table); Xiong et al. 2020, arXiv:2002.04745 (normalisation in front).
+Source: Vaswani et al. 2017, "Attention is all you need", arXiv:1706.03762.
 """
 
 import re
@@ -25,27 +20,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import keras
-import keras_hub
 import numpy as np
 import tensorflow as tf
 from absl import flags
 from sacrebleu.metrics import BLEU, CHRF
 
 from apps import runner, sets
-from apps.text import encoder, lexicon, pieces, search, texts
+from apps.text import decoder, encoder, lexicon, pieces, search, texts
 
 _LONGEST = 128  # pieces of a text with END
 _DROPOUT = 0.1
 _SMOOTHING = 0.1  # Vaswani et al., section 5.4
 _ALPHA = 0.6  # of the length penalty; Vaswani et al., section 6.1
-_WARMUP_SHARE, _MOST_WARMUP = 0.04, 4000
-_COOLDOWN_SHARE = 0.25
+_WARMUP_SHARE, _MOST_WARMUP = 0.04, 4000  # of the steps; Vaswani et al., section 5.3: 4000 of 100,000
+_COOLDOWN_SHARE = 0.25  # not tuned
 # The loss is divided by a constant and not by a batch's number of tokens, which would differ on each replica.
 _TYPICAL_TOKENS = 32
 _FORCED = 8  # tokens that the numbers compared after an export are computed behind
 _STRETCH, _MARGIN = 2, 8  # a translation has no more pieces than twice its source's, and 8
 _SHOWN = 8
-_TRANSLATIONS = 8  # of each token in the dictionary
+_TRANSLATIONS = 8  # of each token in the lexicon; not tuned
 _COLUMNS = ("source", "reference", "translation")
 
 
@@ -69,96 +63,6 @@ def define_flags(values: flags.FlagValues) -> None:
 # Model
 
 
-class TiedDense(keras.layers.Dense):
-    """Vectors to a logit for each token, by the table that embeds the tokens."""
-
-    def __init__(self, embedding: keras.layers.Embedding, **settings):
-        super().__init__(embedding.input_dim, use_bias=False, **settings)
-        self.embedding = embedding
-
-    def build(self, input_shape):
-        """Makes no weight."""
-        self.bias, self.built = None, True
-
-    @property
-    def kernel(self):
-        """The table, transposed, in the dtype that this layer computes in."""
-        return keras.ops.transpose(self.embedding.embeddings)
-
-
-class DecoderBlock(keras.layers.Layer):
-    """A layer of the decoder, on whole texts for training and token by token for the search."""
-
-    def __init__(self, width: int, **settings):
-        super().__init__(**settings)
-        policy = {"dtype": self.dtype_policy}
-
-        def attention(name: str):
-            heads = width // encoder.HEAD_WIDTH
-            return keras_hub.layers.CachedMultiHeadAttention(
-                heads, encoder.HEAD_WIDTH, dropout=_DROPOUT, name=name, **policy
-            )
-
-        self.self_attention_norm = keras.layers.LayerNormalization(name="self_attention_norm", **policy)
-        self.self_attention = attention("self_attention")
-        self.cross_attention_norm = keras.layers.LayerNormalization(name="cross_attention_norm", **policy)
-        self.cross_attention = attention("cross_attention")
-        self.dense_norm = keras.layers.LayerNormalization(name="dense_norm", **policy)
-        self.inner = keras.layers.Dense(4 * width, activation="relu", name="inner", **policy)
-        self.outer = keras.layers.Dense(width, name="outer", **policy)
-        self.dropout = keras.layers.Dropout(_DROPOUT, name="dropout", **policy)
-
-    def call(self, x, padding_mask, encoded=None, cache=None, cross_cache=None, training=None):
-        """Computes whole texts from `encoded`, or the next tokens from both caches.
-
-        Args:
-            x: `[batch, length, width]`; with caches `[batch * beam, 1, width]`.
-            padding_mask: bool `[batch, source length]`, what is text in the source.
-            encoded: `[batch, source length, width]`, the encoder's output.
-            cache: `[batch * beam, 2, tokens before, heads, head width]`, their keys and values.
-            cross_cache: what `project` returned.
-            training: whether units are dropped.
-
-        Returns:
-            As x; with caches also the cache with the new tokens.
-        """
-        y = self.self_attention_norm(x)
-        if cache is None:
-            length = tf.shape(x)[1]
-            causal = tf.range(length)[:, tf.newaxis] >= tf.range(length)
-            y = self.self_attention(y, y, attention_mask=causal[tf.newaxis], training=training)
-        else:
-            cache = tf.concat([cache, _keys_and_values(self.self_attention, y)], axis=2)
-            y, _ = self.self_attention(y, y, cache=cache, training=training)
-        x += self.dropout(y, training=training)
-        y = self.cross_attention_norm(x)
-        if cross_cache is None:
-            y = self.cross_attention(y, encoded, attention_mask=padding_mask[:, tf.newaxis], training=training)
-        else:
-            # The sequences of a beam are so many queries of one text: its keys and values are there once.
-            y, together = tf.reshape(y, [tf.shape(cross_cache)[0], -1, x.shape[-1]]), tf.shape(y)
-            mask = padding_mask[:, tf.newaxis]
-            y, _ = self.cross_attention(y, y, attention_mask=mask, cache=cross_cache, training=training)
-            y = tf.reshape(y, together)
-        x += self.dropout(y, training=training)
-        y = self.outer(self.inner(self.dense_norm(x)))
-        x += self.dropout(y, training=training)
-        return x if cache is None else (x, cache)
-
-    def project(self, encoded):
-        """Returns what the cross attention knows of a source, `[batch, 2, source length, heads, head width]`."""
-        return _keys_and_values(self.cross_attention, encoded)
-
-    def empty_cache(self, batch):
-        """Returns the cache of `batch` sequences without a token."""
-        heads = self.self_attention.num_heads
-        return tf.zeros([batch, 2, 0, heads, encoder.HEAD_WIDTH], self.compute_dtype)
-
-
-def _keys_and_values(attention: keras.layers.MultiHeadAttention, x):
-    return tf.stack([attention.key_dense(x), attention.value_dense(x)], axis=1)
-
-
 def build_model(options, data: runner.Data) -> keras.Model:
     """Token ids of the source, and of the target up to each place (int32), to logits of the next token (float32)."""
     size, width = data.about["vocabulary_size"], options.width
@@ -168,9 +72,9 @@ def build_model(options, data: runner.Data) -> keras.Model:
     encoded = encoder.encode(embedding(source_ids), padding_mask, options, _DROPOUT)
     x = keras.layers.Dropout(_DROPOUT, name="target_dropout")(embedding(target_ids))
     for index in range(options.depth):
-        x = DecoderBlock(width, name=f"decoder{index}")(x, padding_mask, encoded)
+        x = decoder.DecoderBlock(width, _DROPOUT, name=f"decoder{index}")(x, padding_mask, encoded)
     decoded = keras.layers.LayerNormalization(name="decoder_norm")(x)
-    x = TiedDense(embedding, name="projection")(decoded)
+    x = decoder.TiedDense(embedding, name="projection")(decoded)
     looked_up = lexicon.LexiconLogits(data.resources[1], width, name="lexicon")(decoded, encoded, source_ids)
     logits = keras.layers.Add(dtype="float32", name="logits")([x, looked_up])
     return keras.Model({"source_ids": source_ids, "target_ids": target_ids}, logits, name="transformer")
@@ -187,7 +91,7 @@ class InverseSquareRoot(keras.optimizers.schedules.LearningRateSchedule):
         num_steps: when it is over.
 
     Sources: Vaswani et al. 2017, section 5.3, scaled to its highest rate; Zhai et al. 2022, "Scaling vision
-    transformers", arXiv:2106.04560, section 3.5 (cooldown).
+    transformers", arXiv:2106.04560 (cooldown).
     """
 
     def __init__(self, learning_rate: float, warmup_steps: int, cooldown_steps: int, num_steps: int):
@@ -226,7 +130,6 @@ class SmoothedCrossEntropy(keras.losses.Loss):
         """Returns float32 `[batch]`."""
         token_ids, size = tf.cast(y_true, tf.int32), y_pred.shape[-1]
         each = _SMOOTHING / size
-        # Measured: an array of labels is faster than sparse labels with the rest put beside them.
         losses = tf.nn.softmax_cross_entropy_with_logits(
             tf.one_hot(token_ids, size, 1 - _SMOOTHING + each, each), y_pred
         )
@@ -391,7 +294,7 @@ def decide(model: keras.Model, data: runner.Data):
         padding_mask = raw["source_ids"] != pieces.PAD
         lengths = tf.reduce_sum(tf.cast(padding_mask, tf.int32), axis=1)
         limits = tf.minimum(_STRETCH * lengths + _MARGIN, _LONGEST)
-        step, caches = decoder(model, raw["encoded"], raw["source_ids"])
+        step, caches = decoder.token_by_token(model, raw["encoded"], raw["source_ids"])
         token_ids, scores = find(step, caches, limits, **tokens, **settings)
         is_text = lengths > 1  # without END; what says nothing isn't worth a word
         token_ids = tf.where(is_text[:, tf.newaxis], token_ids, pieces.PAD)
@@ -402,40 +305,6 @@ def decide(model: keras.Model, data: runner.Data):
         "": lambda raw: translate(raw, search.beam, beam_size=data.about["beam_size"]),
         "_greedy": lambda raw: translate(raw, search.greedy),
     }
-
-
-def decoder(model: keras.Model, encoded: tf.Tensor, source_ids: tf.Tensor) -> tuple[search.Step, list[tf.Tensor]]:
-    """Returns the decoder as a step of one token, and its first caches."""
-    blocks = [layer for layer in model.layers if isinstance(layer, DecoderBlock)]
-    cross_caches = [block.project(encoded) for block in blocks]
-    embedding, norm = model.get_layer("embedding"), model.get_layer("decoder_norm")
-    padding_mask = source_ids != pieces.PAD
-
-    def step(token_ids, index, caches):
-        x, new_caches = embedding(token_ids[:, tf.newaxis], start=index), []
-        for block, cache, cross_cache in zip(blocks, caches, cross_caches, strict=True):
-            cache = tf.ensure_shape(cache, [None, 2, None, *cross_cache.shape[3:]])  # the loop forgets it
-            x, cache = block(x, padding_mask, cache=cache, cross_cache=cross_cache, training=False)
-            new_caches.append(cache)
-        return log_probs(model, norm(x), encoded, source_ids), new_caches
-
-    return step, [block.empty_cache(tf.shape(encoded)[0]) for block in blocks]
-
-
-def log_probs(model: keras.Model, decoded: tf.Tensor, encoded: tf.Tensor, source_ids: tf.Tensor) -> tf.Tensor:
-    """Returns those of the next token, float32 `[rows, vocabulary]`, of what the decoder made of the last one.
-
-    Args:
-        model: of `build_model`.
-        decoded: `[rows, 1, width]`, the rows of one text behind one another.
-        encoded: `[batch, source length, width]`.
-        source_ids: int32 `[batch, source length]`.
-    """
-    projection, look_up, add = (model.get_layer(name) for name in ("projection", "lexicon", "logits"))
-    # The rows are so many queries of one text.
-    queries = tf.reshape(decoded, [tf.shape(encoded)[0], -1, decoded.shape[-1]])
-    logits = add([projection(queries), look_up(queries, encoded, source_ids)])
-    return tf.nn.log_softmax(tf.reshape(logits, [tf.shape(decoded)[0], logits.shape[-1]]))
 
 
 def _translations(call: runner.Call, dataset: tf.data.Dataset) -> list[tuple[str, str, str]]:

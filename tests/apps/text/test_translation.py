@@ -8,12 +8,10 @@ import tensorflow_datasets as tfds
 
 import tfhalf
 from apps import runner
-from apps.text import lexicon, pieces, translation
+from apps.text import pieces, translation
+from tests.apps.text.test_decoder import ATOL, POLICIES, build, ids
 from tests.conftest import options_for
 
-POLICIES = ["float32", "mixed_float16", "mixed_bfloat16"]
-# Log-probabilities of about 6 after some sixty roundings, which are random: unit roundoff * 6 * 8.
-ATOL = {"float32": 1e-5, "mixed_float16": 2**-11 * 48, "mixed_bfloat16": 2**-8 * 48}
 WORDS = dict(
     zip(
         ["the", "big", "red", "old", "house", "tree", "dog", "cat", "sees", "knows", "and", "small"],
@@ -112,22 +110,6 @@ def answer(learned):
     return answer
 
 
-def data_for(size: int = 50) -> runner.Data:
-    random = np.random.default_rng(2)
-    known = lexicon.Lexicon(random.integers(4, size, [size, 3]), random.dirichlet(np.ones(4), size)[:, :3])
-    about = {"vocabulary_size": size, "beam_size": 2}
-    return runner.Data(None, 10, None, None, about, resources=(None, known))
-
-
-def build(policy: str, size: int = 50, *more: str) -> keras.Model:
-    options = options_for(translation.TASK, f"--dtype_policy={policy}", "--width=64", "--depth=1", *more)
-    return runner.build(translation.TASK, options, data_for(size))
-
-
-def ids(shape, size: int = 50, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(4, size, shape).astype("int32")
-
-
 # Loss, metric, schedule
 
 
@@ -211,17 +193,6 @@ def test_ids_and_positions_are_not_rounded(policy):
         np.testing.assert_allclose(seen[0], 8 * table[[257, 2049, 3999]] + sines, atol=3e-5)
 
 
-def test_no_token_sees_what_comes():
-    model = build("float32")
-    batch = {"source_ids": ids([2, 9]), "target_ids": ids([2, 6])}
-    before = model(batch).numpy()
-    batch["target_ids"] = batch["target_ids"].copy()
-    batch["target_ids"][:, 3] = 4 + (batch["target_ids"][:, 3] - 3) % 46
-    after = model(batch).numpy()
-    np.testing.assert_array_equal(after[:, :3], before[:, :3])
-    assert np.abs(after[:, 3:] - before[:, 3:]).max(axis=-1).min() > 1e-3
-
-
 @pytest.mark.parametrize("policy", POLICIES)
 def test_padding_changes_nothing(policy):
     model = build(policy)
@@ -243,26 +214,6 @@ def test_steps_on_padding_and_single_tokens_are_not_skipped():
         assert np.isfinite(model.train_on_batch(inputs, target)[0])
     assert model.optimizer.steps_skipped == 0
     assert all(np.isfinite(weight.numpy()).all() for weight in model.weights)
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_decoding_by_cache_is_the_whole_decoder(policy):
-    model = build(policy, 50, "--depth=2")
-    source_ids, beams = ids([2, 9]), ids([2, 3, 7], seed=1)  # three sequences of each text
-    source_ids[1, 5:] = pieces.PAD
-    rows = beams.reshape([6, 7])
-    whole = tf.nn.log_softmax(model({"source_ids": np.repeat(source_ids, 3, axis=0), "target_ids": rows}))
-    encoder = keras.Model(model.input["source_ids"], model.get_layer("encoder_norm").output)
-    step, caches = translation.decoder(model, tf.cast(encoder(source_ids), tf.float32), source_ids)
-    caches = [tf.repeat(cache, 3, axis=0) for cache in caches]
-    for index in range(7):
-        if index == 4:  # the search reorders a text's sequences
-            moved = np.array([2, 0, 0, 3, 5, 4])
-            caches, rows, whole = [tf.gather(cache, moved) for cache in caches], rows[moved], tf.gather(whole, moved)
-        log_probs, caches = step(tf.constant(rows[:, index]), tf.constant(index), caches)
-        assert log_probs.dtype == tf.float32
-        assert {cache.dtype.name for cache in caches} == {model.get_layer("decoder0").compute_dtype}
-        np.testing.assert_allclose(log_probs, whole[:, index], atol=ATOL[policy])
 
 
 # What is served
