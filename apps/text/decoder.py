@@ -113,7 +113,7 @@ def token_by_token(
     """Returns the decoder as a step of one token, and its first caches."""
     blocks = [layer for layer in model.layers if isinstance(layer, DecoderBlock)]
     cross_caches = [block.project(encoded) for block in blocks]
-    embedding, norm = model.get_layer("embedding"), model.get_layer("decoder_norm")
+    embedding, norm = model.get_layer("target_embedding"), model.get_layer("decoder_norm")
     keys = model.get_layer("lexicon").project(encoded)
     padding_mask = source_ids != pieces.PAD
 

@@ -10,6 +10,7 @@ Sources: Brown et al. 1993, J93-2003 (model 1); Arthur, Neubig and Nakamura 2016
 lexicons into neural machine translation", arXiv:1606.02006 (the lexicon as a bias).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import keras
@@ -92,39 +93,42 @@ class Lexicon(tf.Module):
     """The likeliest translations of each token.
 
     Args:
-        translations: token ids, int `[size, kept]`, PAD where there are fewer.
-        probabilities: how likely each is, given the token, `[size, kept]`.
+        translations: ids of target tokens, int `[source size, kept]`, PAD where there are fewer.
+        probabilities: how likely each is, given the source token, `[source size, kept]`.
+        size: ids of target tokens.
     """
 
-    def __init__(self, translations: np.ndarray, probabilities: np.ndarray):
+    def __init__(self, translations: np.ndarray, probabilities: np.ndarray, size: int):
         super().__init__()
-        self.size = len(translations)
+        self.size = size
         self.translations = tf.Variable(translations, trainable=False, dtype=tf.int32, name="translations")
         self.probabilities = tf.Variable(probabilities, trainable=False, dtype=tf.float32, name="probabilities")
 
 
-def learn(source: tf.RaggedTensor, target: tf.RaggedTensor, size: int, kept: int, most_pairs: int = 30_000) -> Lexicon:
+def learn(
+    source: tf.RaggedTensor, target: tf.RaggedTensor, sizes: Sequence[int], kept: int, most_pairs: int = 30_000
+) -> Lexicon:
     """Counts which tokens of a target stand for which of its source, END in both.
 
     Args:
         source: token ids, int32 `[texts, None]`, none of them PAD.
         target: of the same texts.
-        size: ids there are.
+        sizes: ids there are of source tokens, and of target tokens.
         kept: translations of each token, 1 or more.
         most_pairs: of more texts some are left out: each has some thousand entries, and all are in memory.
     """
     step = -(-int(source.nrows()) // most_pairs)
-    numbered = [_numbered(side[::step], size) for side in (source, target)]
+    numbered = [_numbered(side[::step], size) for side, size in zip((source, target), sizes, strict=True)]
     grid = make_grid(*numbered)
     likely, _ = ibm_model_1(numbered[1].words, grid.target_places, grid.pair, grid.source_words)
     order = np.lexsort([-likely, grid.source_words])
     words = grid.source_words[order]
     rank = np.arange(len(words)) - np.searchsorted(words, words)
     best = rank < kept
-    translations, probabilities = np.full([size, kept], pieces.PAD), np.zeros([size, kept])
+    translations, probabilities = np.full([sizes[0], kept], pieces.PAD), np.zeros([sizes[0], kept])
     translations[words[best], rank[best]] = grid.target_words[order[best]]
     probabilities[words[best], rank[best]] = likely[order[best]]
-    return Lexicon(translations, probabilities)
+    return Lexicon(translations, probabilities, sizes[1])
 
 
 def _numbered(rows: tf.RaggedTensor, size: int) -> Numbered:

@@ -5,7 +5,6 @@ examples anew, sorts pools of them by length, and takes batches out of the pools
 are a pure function of seed and epoch, and their number is the same in each.
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from apps.text import pieces
 _POOL = 50  # batches whose examples are sorted by length together
 _MULTIPLE = 8  # lengths of batches: few different ones
 _SHOWN_CHARACTERS = 200
-_VOCABULARY_TEXTS = 200_000  # of each language: learning pieces takes longer with each
+_VOCABULARY_TEXTS = 200_000  # learning pieces takes longer with each
 
 
 def read(builder: tfds.core.DatasetBuilder, split: str, names: Sequence[str]) -> list[np.ndarray]:
@@ -36,16 +35,15 @@ def read(builder: tfds.core.DatasetBuilder, split: str, names: Sequence[str]) ->
     return [np.concatenate(column) for column in zip(*batches, strict=True)]
 
 
-def learn_pieces(options, *texts: np.ndarray, lowercase: bool) -> pieces.Vocabulary:
-    """Returns a vocabulary of `--vocabulary_size` pieces; `texts` is an array for each language.
+def learn_pieces(options, lines: np.ndarray, lowercase: bool) -> pieces.Vocabulary:
+    """Returns a vocabulary of `--vocabulary_size` pieces of `lines`.
 
     Raises:
         AppError: the texts have none.
     """
-    steps = [-(-len(array) // _VOCABULARY_TEXTS) for array in texts]
-    chosen = itertools.chain(*(array[::step] for array, step in zip(texts, steps, strict=True)))
+    step = -(-len(lines) // _VOCABULARY_TEXTS)
     try:
-        return pieces.train(chosen, options.vocabulary_size, lowercase)
+        return pieces.train(lines[::step], options.vocabulary_size, lowercase)
     except ValueError as error:
         raise runner.AppError(f"--vocabulary_size={options.vocabulary_size}: {error}") from error
 

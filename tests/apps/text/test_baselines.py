@@ -361,8 +361,8 @@ def test_refusal_is_one_line():
 def test_decoder_over_all_tokens_is_the_model():
     options = options_for(translation.TASK, "--dtype_policy=float32", "--width=32", "--depth=1")
     random = np.random.default_rng(0)
-    known = lexicon.Lexicon(random.integers(4, 20, [20, 3]), random.random([20, 3]))
-    data = runner.Data(None, 1, None, None, {"vocabulary_size": 20}, resources=(None, known))
+    known = lexicon.Lexicon(random.integers(4, 20, [30, 3]), random.random([30, 3]), 20)
+    data = runner.Data(None, 1, None, None, {"vocabulary_sizes": [30, 20]}, resources=(None, None, known))
     model = runner.build(translation.TASK, options, data)
     source_ids, target_ids = (random.integers(4, 20, shape).astype("int32") for shape in ([2, 5], [6, 4]))
     source_ids[1, 3:] = pieces.PAD

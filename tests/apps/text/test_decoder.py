@@ -15,10 +15,12 @@ ATOL = {"float32": 1e-5, "mixed_float16": 2**-11 * 48, "mixed_bfloat16": 2**-8 *
 
 
 def data_for(size: int = 50) -> runner.Data:
+    """Data of `size` target tokens, and 10 source tokens less."""
     random = np.random.default_rng(2)
-    known = lexicon.Lexicon(random.integers(4, size, [size, 3]), random.dirichlet(np.ones(4), size)[:, :3])
-    about = {"vocabulary_size": size, "beam_size": 2}
-    return runner.Data(None, 10, None, None, about, resources=(None, known))
+    shares = random.dirichlet(np.ones(4), size - 10)[:, :3]
+    known = lexicon.Lexicon(random.integers(4, size, shares.shape), shares, size)
+    about = {"vocabulary_sizes": [size - 10, size], "beam_size": 2}
+    return runner.Data(None, 10, None, None, about, resources=(None, None, known))
 
 
 def build(policy: str, size: int = 50, *more: str) -> keras.Model:
@@ -32,7 +34,7 @@ def ids(shape, size: int = 50, seed: int = 0) -> np.ndarray:
 
 def test_no_token_sees_what_comes():
     model = build("float32")
-    batch = {"source_ids": ids([2, 9]), "target_ids": ids([2, 6])}
+    batch = {"source_ids": ids([2, 9], 40), "target_ids": ids([2, 6])}
     before = model(batch).numpy()
     batch["target_ids"] = batch["target_ids"].copy()
     batch["target_ids"][:, 3] = 4 + (batch["target_ids"][:, 3] - 3) % 46
@@ -44,7 +46,7 @@ def test_no_token_sees_what_comes():
 @pytest.mark.parametrize("policy", POLICIES)
 def test_decoding_by_cache_is_the_whole_decoder(policy):
     model = build(policy, 50, "--depth=2")
-    source_ids, beams = ids([2, 9]), ids([2, 3, 7], seed=1)  # three sequences of each text
+    source_ids, beams = ids([2, 9], 40), ids([2, 3, 7], seed=1)  # three sequences of each text
     source_ids[1, 5:] = pieces.PAD
     rows = beams.reshape([6, 7])
     whole = tf.nn.log_softmax(model({"source_ids": np.repeat(source_ids, 3, axis=0), "target_ids": rows}))

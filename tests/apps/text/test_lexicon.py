@@ -65,8 +65,9 @@ def test_likeliest_translations_are_kept():
     # 4 is das, 5 Haus, 6 Buch, 7 ein; 8 is the, 9 house, 10 book, 11 a.
     source = tf.ragged.constant([[4, 5], [4, 6], [7, 6], [7, 5]], dtype=tf.int32)
     target = tf.ragged.constant([[8, 9], [8, 10], [11, 10], [11, 9]], dtype=tf.int32)
-    learned = lexicon.learn(source, target, 3000, 2)
+    learned = lexicon.learn(source, target, [12, 3000], 2)
     translations, probabilities = learned.translations.numpy(), learned.probabilities.numpy()
+    assert (learned.size, translations.shape, probabilities.shape) == (3000, (12, 2), (12, 2))
     assert translations[[4, 5, 6, 7, pieces.END], 0].tolist() == [8, 9, 10, 11, pieces.END]
     assert np.all(probabilities[:, 0] >= probabilities[:, 1])
     known = translations[:, 0] != pieces.PAD
@@ -74,13 +75,13 @@ def test_likeliest_translations_are_kept():
     assert np.all(probabilities[known, 0] > 0.5)
     assert np.all(probabilities.sum(axis=1) < 1 + 1e-6)
     np.testing.assert_array_equal(probabilities[~known], 0)
-    (only,) = lexicon.learn(source[:1], target[:1], 20, 8).translations.numpy()[4:5]
+    (only,) = lexicon.learn(source[:1], target[:1], [20, 12], 8).translations.numpy()[4:5]
     assert sorted(only.tolist()) == [0] * 5 + sorted([8, 9, pieces.END])
 
 
 def test_of_many_pairs_some_are_counted():
     source = tf.RaggedTensor.from_row_lengths(tf.range(10, 110), [1] * 100)
-    learned = lexicon.learn(source, source + 100, 300, 1, most_pairs=30)
+    learned = lexicon.learn(source, source + 100, [110, 210], 1, most_pairs=30)
     known = np.flatnonzero(learned.translations.numpy())
     assert known.tolist() == [pieces.END, *range(10, 110, 4)]
 
@@ -92,7 +93,7 @@ def looking_up(policy, size=3000, width=32):
     random = np.random.default_rng(3)
     probabilities = random.dirichlet(np.ones(4), size)[:, :3]
     probabilities[pieces.PAD] = 0
-    known = lexicon.Lexicon(random.integers(4, size, [size, 3]), probabilities)
+    known = lexicon.Lexicon(random.integers(4, size + 10, [size, 3]), probabilities, size + 10)
     keras.utils.set_random_seed(1)
     layer = lexicon.LexiconLogits(known, width, dtype=policy)
     x, encoded = (random.normal(size=[2, length, width]).astype("float32") for length in (4, 5))
@@ -124,11 +125,9 @@ def test_looked_up_is_added_up(policy):
 
 def test_gradient_is_that_of_the_plain_sum():
     layer, known, x, encoded, source_ids = looking_up("float32", size=2100)
-    table = np.zeros([known.size, known.size], "float32")
+    table = np.zeros([2100, known.size], "float32")
     for row in range(3):
-        np.add.at(
-            table, (np.arange(known.size), known.translations[:, row].numpy()), known.probabilities[:, row].numpy()
-        )
+        np.add.at(table, (np.arange(2100), known.translations[:, row].numpy()), known.probabilities[:, row].numpy())
     upstream = np.random.default_rng(4).normal(size=[2, 4, known.size]).astype("float32")
     x, encoded = tf.constant(x), tf.constant(encoded)
     layer(x, encoded, source_ids)
