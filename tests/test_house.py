@@ -17,7 +17,7 @@ LAYERS = [
     {"tfhalf.acceleration", "tfhalf.training", "tfhalf.export", "tfhalf.datasets"},
     {"tfhalf"},
     {"apps.runner", "apps.figures", "apps.drawing"},
-    {"apps.sets", "apps.presets"},
+    {"apps.sets", "apps.presets", "apps.optimizers"},
     {"apps"},
     {"benchmarks"},
 ]

@@ -117,7 +117,7 @@ def test_killed_launcher_leaves_no_orphan():
 
 @pytest.mark.slow
 def test_two_workers_train_stop_together_and_go_on_to_the_same_result(data_dir, tmp_path):
-    flags = [f"--data_dir={data_dir}", "--epochs=2", "--steps_per_epoch=8", "--batch_size=48", "--deterministic"]
+    flags = [f"--data_dir={data_dir}", "--epochs=2", "--steps_per_epoch=20", "--batch_size=48", "--deterministic"]
 
     def command(name: str) -> list[str]:
         folders = [f"--workdir={tmp_path}/{name}", f"--saved_model_dir={tmp_path}/{name}_models"]
