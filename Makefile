@@ -28,7 +28,7 @@ bench: $(INSTALLED)
 	$(RUN) -m benchmarks.inference --network=resnet --rounds=10
 	$(RUN) -m benchmarks.inference --network=encoder --rounds=10
 
-# Long campaigns: kills at random moments, overflows on two replicas.
+# Long campaigns: kills at random moments, overflows on two replicas, contracts in float32 and bfloat16.
 soak: $(INSTALLED)
 	$(RUN) -m pytest -m soak --numprocesses=0 -s
 

@@ -1,5 +1,6 @@
-"""What every task must do, in every policy: build, one step, export, run in a fresh process, parity.
+"""What every task must do: build, one step, export, run in a fresh process, parity.
 
+In mixed_float16 by make test, in the other policies by make soak.
 Each `tests/apps/<kind>/test_contract.py` takes these tests over for the apps of its folder: so two workers share them.
 """
 
@@ -32,6 +33,11 @@ SMALLER = {
     "apps.text.translation": ["--width=32", "--depth=1", "--vocabulary_size=1000"],
 }
 POLICIES = {"float32": {"float32"}, "mixed_float16": {"float16", "float32"}, "mixed_bfloat16": {"bfloat16", "float32"}}
+# The two others take twice as long again, and test_runner.py trains one app in them.
+IN_POLICIES = pytest.mark.parametrize(
+    "policy",
+    ["mixed_float16", *(pytest.param(policy, marks=pytest.mark.soak) for policy in ("float32", "mixed_bfloat16"))],
+)
 
 
 def pytest_generate_tests(metafunc):
@@ -77,7 +83,7 @@ def test_task_is_a_value_and_importing_defines_no_flag(module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", POLICIES)
+@IN_POLICIES
 def test_one_step_then_a_bundle_that_agrees(module, policy, tmp_path, data_dir):
     task, data = importlib.import_module(module).TASK, data_of(module, data_dir)
     options = small_options(module, data_dir, f"--dtype_policy={policy}")
@@ -130,7 +136,7 @@ def test_one_step_then_a_bundle_that_agrees(module, policy, tmp_path, data_dir):
             np.testing.assert_array_equal(decided[name], tensor, err_msg=name)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@IN_POLICIES
 def test_kernels_change_nothing_but_speed(module, policy, data_dir):
     task, data = importlib.import_module(module).TASK, data_of(module, data_dir)
     losses = {}

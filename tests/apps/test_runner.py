@@ -290,7 +290,7 @@ def test_plan_that_does_not_fit_the_model_lists_its_layers(tmp_path, data_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("policy", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.soak)])
 def test_short_run_on_two_replicas_that_accumulates(policy, data_dir, tmp_path):
     arguments = [APP, f"--dtype_policy={policy}", f"--data_dir={data_dir}", "--epochs=1", "--steps_per_epoch=54"]
     arguments += ["--distribute=mirrored", "--num_logical_devices=2", "--gradient_accumulation_steps=3", "--keep=1"]
