@@ -89,7 +89,8 @@ def test_stand_in_splits_are_by_hash_and_the_same_in_both_languages(tmp_path):
 
 def test_families_stay_together():
     letters = "abcdefghijklmnop"
-    split_of = fillets._split({f"{letter}{number}" for letter in letters for number in (1, 2)})
+    names = [f"{letter}{number}" for letter in letters for number in (1, 2)]
+    split_of = fillets.split_names(names, lambda name: name[0], 8)
     assert len(split_of) == 32
     for letter in letters:
         assert split_of[f"{letter}1"] == split_of[f"{letter}2"]

@@ -35,7 +35,7 @@ import hashlib
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -211,7 +211,7 @@ def split_clips(folder: Path, language: str) -> dict[str, list[Clip]]:
             if _is_spoken(text) and sound_path.exists():
                 speaker = _OTHER if level in _LANGUAGES[language].other_voices else _SPEAKERS.get(font, _OTHER)
                 clips.append(Clip(level, f"{level}/{name}", speaker, text, sound_path))
-    split_of = _split(levels)
+    split_of = split_names(levels, lambda level: level.rstrip("0123456789"), _ONE_IN)
     parts = {"train": [], "validation": [], "test": []}
     said = set()
     for split in reversed(parts):
@@ -221,6 +221,27 @@ def split_clips(folder: Path, language: str) -> dict[str, list[Clip]]:
         said |= {_words(clip.text) for clip in part}
         parts[split] = part
     return parts
+
+
+def split_names(names: Iterable[str], family: Callable[[str], str], one_in: int) -> dict[str, str]:
+    """Returns each name's split: `test` and `validation` have a share of the names each, `train` has the rest.
+
+    Args:
+        names: each once.
+        family: returns what a name has in common with those that must be in the same split.
+        one_in: 8 is for an eighth of the names; a split gets fewer where no family fits any more.
+    """
+    families = defaultdict(list)
+    for name in sorted(names):
+        families[family(name)].append(name)
+    total = sum(map(len, families.values()))
+    room = {"test": total // one_in, "validation": total // one_in, "train": total}
+    split_of = {}
+    for key in sorted(families, key=lambda key: hashlib.sha256(key.encode()).digest()):
+        split = next(split for split in room if len(families[key]) <= room[split])
+        room[split] -= len(families[key])
+        split_of |= dict.fromkeys(families[key], split)
+    return split_of
 
 
 def _place(path: Path, language: str) -> tuple[str, str]:
@@ -263,17 +284,3 @@ def _is_spoken(text: str) -> bool:
 
 def _words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
-
-
-def _split(levels: set[str]) -> dict[str, str]:
-    """Returns each level's split; levels whose names differ by a number have the same one."""
-    families = defaultdict(list)
-    for level in sorted(levels):
-        families[level.rstrip("0123456789")].append(level)
-    room = {"test": len(levels) // _ONE_IN, "validation": len(levels) // _ONE_IN, "train": len(levels)}
-    split_of = {}
-    for name in sorted(families, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        split = next(split for split in room if len(families[name]) <= room[split])
-        room[split] -= len(families[name])
-        split_of |= dict.fromkeys(families[name], split)
-    return split_of
