@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import soundfile
 from PIL import Image
 from pysword.books import BibleStructure
 
@@ -116,3 +117,30 @@ def write_help_page(path: Path, body: str, info: str = "") -> None:
         f'<page xmlns="http://projectmallard.org/1.0/" id="{path.stem}">\n<info>{info}</info>\n{body}\n</page>\n',
         encoding="utf-8",
     )
+
+
+def write_sound(path: Path, samples: np.ndarray, sampling_rate: int) -> None:
+    """Writes a sound, floats [num_samples] or [num_samples, num_channels] of which ±1 is full scale.
+
+    As its name says: .ogg is Vorbis, .wav holds 16 bits.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, samples, sampling_rate)
+
+
+def write_dialogues(folder: Path, place: str, language: str, script: str | bytes, *names: str) -> None:
+    """Writes a script like fillets-ng-data's, and a tone of a quarter of a second for each of `names`.
+
+    `place` is what the game calls it, `airplane/` or `share/black_`; the sounds of the latter are in
+    `share/blackjokes`. A tone is stereo, 22.05 kHz, and differs from the others.
+    """
+    level, _, prefix = place.partition("/")
+    path = folder / "script" / level / f"{prefix}dialogs_{language}.lua"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(script if isinstance(script, bytes) else script.encode())
+    shared = {"black_": "blackjokes", "bore_": "borejokes", "border_": "border", "shout_": "border"}
+    sound_folder = folder / "sound" / level / (shared[prefix] if level == "share" else "") / language
+    for name in names:
+        hertz = 200 + zlib.crc32(f"{place}{name}".encode()) % 2000
+        tone = 0.5 * np.sin(2 * np.pi * hertz * np.arange(5512) / 22050)
+        write_sound(sound_folder / f"{name}.ogg", np.stack([tone, tone], axis=1), 22050)

@@ -26,8 +26,9 @@ def test_tfds_finds_our_builder_by_name(data_dir):
         ("minst_5k", "unknown data set 'minst_5k'; did you mean .*mnist_5k"),
         (
             "zzzzqqqq",
-            "did you mean bible_en_es, blue_marble, composites, deepforest, gnome_docs, mnist_5k, newsgroups_20, "
-            r"reuters_r52, reuters_r8, vader_amazon, vader_movies, vader_nyt, vader_tweets\?",
+            "did you mean bible_en_es, blue_marble, composites, deepforest, fillets_cs, fillets_nl, fillets_noisy, "
+            "gcin_tones, gnome_docs, mnist_5k, newsgroups_20, reuters_r52, reuters_r8, vader_amazon, vader_movies, "
+            r"vader_nyt, vader_tweets\?",
         ),
         ("20newsgroups", "data set '20newsgroups'"),
         ("gnome_docs/pl", "data set 'gnome_docs/pl': .*pl"),

