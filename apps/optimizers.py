@@ -1,5 +1,7 @@
 """What Keras' optimizers lack for Transformers: a rate that warms up and cools down, and Muon for attention."""
 
+import math
+
 import keras
 import tensorflow as tf
 
@@ -40,7 +42,11 @@ class Muon(keras.optimizers.Muon):
     """Muon for kernels of attention and of dense layers, Adam for everything else.
 
     Keras' Muon takes variables with two axes: no kernel of attention, which has three, but its biases. Here kernels of
-    attention are the square matrices that all heads make together.
+    attention are the square matrices that all heads make together. (Their decay is `adam_weight_decay` still.)
+
+    Args:
+        learning_rate: of both, a number or a schedule.
+        settings: as `keras.optimizers.Muon` takes them; `exclude_layers` are the biases unless it is given.
 
     Half precision: gradients, momenta and the iteration are float32, like the weights.
 
@@ -48,8 +54,16 @@ class Muon(keras.optimizers.Muon):
     arXiv:2502.16982 (its steps are scaled to be as large as Adam's, so that both take one rate).
     """
 
-    def _should_use_adamw(self, variable) -> bool:  # private to Keras, where nothing public chooses by name
-        return not variable.path.endswith("/kernel")
+    def __init__(self, learning_rate=0.001, **settings):
+        super().__init__(learning_rate, **({"exclude_layers": ["/bias$"]} | settings))
+
+    def add_variable_from_reference(self, reference_variable, name=None, **settings):
+        """Makes a state of a variable; no velocity for a kernel of attention, which tells Keras to take Muon."""
+        shape = reference_variable.shape
+        is_attention = reference_variable.path.endswith("/kernel") and len(shape) == 3
+        if name == "velocity" and is_attention and math.prod(shape) == max(shape) ** 2:
+            return None
+        return super().add_variable_from_reference(reference_variable, name, **settings)
 
     def zeropower_via_newtonschulz5(self, x, steps: int):
         """Returns the nearest orthogonal matrix, roughly, in the shape of x."""

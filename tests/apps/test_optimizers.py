@@ -66,7 +66,10 @@ def test_everything_else_is_adams():
     layers[0].build([None, None])
     layers[1].build([None, 6])
     variables = [v for layer in layers for v in layer.trainable_variables if not v.path.endswith("kernel")]
-    assert len(variables) == 1 + 2 + 4
+    convolution = keras.layers.Conv1D(16, 3)  # its kernel has three axes too
+    convolution.build([None, None, 8])
+    variables += convolution.trainable_variables
+    assert len(variables) == 1 + 2 + 4 + 2
     before = [variable.numpy() for variable in variables]
     grads = [np.random.default_rng(3).normal(size=variable.shape).astype("float32") for variable in variables]
     moved = []
