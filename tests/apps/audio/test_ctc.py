@@ -330,7 +330,7 @@ def test_rows_do_not_depend_on_each_other(find, arguments):
 def test_an_exported_graph_answers_the_same(tmp_path):
     form = [tf.TensorSpec([None, None, 4]), tf.TensorSpec([None], tf.int32)]
 
-    @tf.function(input_signature=form)
+    @tf.function(input_signature=form, autograph=False)
     def serve(logits, lengths):
         labels, scores = ctc.beam(logits, lengths, beam_size=4)
         by_path, of_path = ctc.greedy(logits, lengths)
@@ -356,7 +356,7 @@ def test_an_exported_graph_answers_the_same(tmp_path):
 
 
 def run_align(logits, lengths, labels):
-    aligned = tf.function(ctc.align, reduce_retracing=True)(
+    aligned = tf.function(ctc.align, autograph=False)(
         tf.constant(logits), tf.constant(lengths, tf.int32), tf.constant(labels)
     )
     assert [tensor.dtype for tensor in aligned] == [tf.int32, tf.int32, tf.float32]
