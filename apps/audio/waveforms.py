@@ -4,7 +4,7 @@ libsndfile reads the files (by soundfile), soxr changes the rate. A file is read
 and one block, however many channels and whatever rate the file has. Neither Keras nor TensorFlow is needed.
 
 A file that was cut off is refused, where it tells: FLAC always, OGG by its last page, WAV by its header unless that was
-written before the length was known; MP3 never.
+written before the length was known; MP3 never. Damage in the middle is told by FLAC only.
 """
 
 import io
@@ -57,7 +57,7 @@ def read(source: str | os.PathLike | bytes, sampling_rate: int) -> np.ndarray:
         raise WaveformError(f"{name} is empty: make it again")
     try:
         with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else name) as file:
-            rate, whole = file.samplerate, not _is_cut_off(file, source)
+            rate, cut_off = file.samplerate, _is_cut_off(file, source)
             blocks = [np.zeros(0, "float32")]
             resampler = soxr.ResampleStream(rate, sampling_rate, 1, dtype="float32")
             count = 0
@@ -65,13 +65,12 @@ def read(source: str | os.PathLike | bytes, sampling_rate: int) -> np.ndarray:
                 count += len(block)
                 blocks.append(resampler.resample_chunk(block.mean(axis=1)))
             blocks.append(resampler.resample_chunk(np.zeros(0, "float32"), last=True))
-            whole &= count == file.frames
     except soundfile.LibsndfileError as error:
         raise WaveformError(
             f"{name} is no whole WAV, FLAC or OGG file ({error.error_string.strip(' .')}): make it again, or convert "
             "it by ffmpeg -i FILE new.wav"
         ) from error
-    if not whole:
+    if cut_off:
         raise WaveformError(f"{name} was cut off after {count / rate:.3f} seconds: copy it or make it again")
     result = np.concatenate(blocks)
     if not count or not len(result):
@@ -98,7 +97,7 @@ def write(path: str | os.PathLike, waveform: np.ndarray, sampling_rate: int) -> 
         raise ValueError(f"{path}: a waveform is [samples] of finite numbers, not {waveform.dtype}{waveform.shape}")
     # In memory first: libsndfile's callbacks into Python lose the error of a full disk.
     encoded = io.BytesIO()
-    soundfile.write(encoded, np.clip(waveform, -1, 1), sampling_rate, format="WAV", subtype="PCM_16")
+    soundfile.write(encoded, waveform, sampling_rate, format="WAV", subtype="PCM_16")
     beside = path.with_name(f".{path.name}")
     try:
         with open(beside, "wb") as file:
