@@ -90,7 +90,7 @@ class Task:
         metric: the one of them that decides.
         margin: largest difference of that metric between the trained model and its artefact; 1 / total at least.
         describe: metrics -> the line that reports them.
-        show: model, data -> PNG pictures (bytes) and texts in Markdown (str) by tag, after each epoch.
+        show: model, data -> PNG pictures and WAV sounds (bytes) and texts in Markdown (str) by tag, after each epoch.
         conclude: served function, data, folder -> the same at the end; writes examples for apps/predict.py.
     """
 

@@ -18,6 +18,7 @@ LAYERS = [
     {"tfhalf"},
     {"apps.runner", "apps.figures", "apps.drawing"},
     {"apps.sets", "apps.presets", "apps.optimizers"},
+    {"apps.batches"},
     {"apps"},
     {"benchmarks"},
 ]

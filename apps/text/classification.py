@@ -124,7 +124,7 @@ def show(model: keras.Model, data: runner.Data) -> dict[str, str]:
         (line, names[target.argmax()], f"{names[row.argmax()]} {row.max():.0%}")
         for line, target, row in zip(texts.shortened(lines), targets, probabilities, strict=True)
     )
-    return {"predictions": texts.to_table(["text", "is", "predicted"], rows)}
+    return {"predictions": figures.to_table(["text", "is", "predicted"], rows)}
 
 
 def conclude(call: runner.Call, data: runner.Data, folder: Path) -> dict[str, bytes]:

@@ -166,7 +166,7 @@ def show(model: keras.Model, data: runner.Data) -> dict[str, str]:
     outputs = model(texts.pad(reader.encode(lines)), training=False).numpy()
     columns = (map("{:+.1f}".format, _MOST * shares[:, 0]) for shares in (targets, outputs))
     rows = zip(texts.shortened(lines), *columns, strict=True)
-    return {"predictions": texts.to_table(["text", "rating", "predicted"], rows)}
+    return {"predictions": figures.to_table(["text", "rating", "predicted"], rows)}
 
 
 def conclude(call: runner.Call, data: runner.Data, folder: Path) -> dict[str, bytes | str]:
