@@ -11,7 +11,7 @@
 
 The manifest says which task a bundle is for: classification prints the likeliest classes, object_detection the boxes,
 semantic_segmentation each class' share of the pixels, sentiment what the text is or its rating, machine_translation the
-translation, speech_recognition what is said, keywords which word. `--output` draws boxes or masks over the pictures;
+translation, speech_recognition what is said, keyword_spotting which word. `--output` draws boxes or masks over the pictures;
 speech_enhancement and speech_synthesis write their sound there. A text is an argument that is no file or folder, or
 what a file holds, as a whole; of a folder all .txt files. A sound is a file of any rate, in mono or not.
 
@@ -468,7 +468,7 @@ _TASKS = {
     "graded sentiment": Task("text", ("rating",), (), _rate, lambda answer: f"{answer['rating']:+.2f}"),
     "machine_translation": Task("text", ("translation", "score"), (), _translate, lambda answer: answer["translation"]),
     "speech_recognition": Task("waveform", ("text", "score"), (), _transcribe, lambda answer: answer["transcript"]),
-    "keywords": Task("waveform", *_CLASSIFIED),
+    "keyword_spotting": Task("waveform", *_CLASSIFIED),
     "speech_enhancement": Task("waveform", *_HEARD),
     "speech_synthesis": Task("text", *_HEARD),
 }

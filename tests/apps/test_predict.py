@@ -530,7 +530,7 @@ def listeners(tmp_path_factory) -> dict[str, Path]:
 
     return {
         "recognition": put(Recogniser(), "speech_recognition"),
-        "keywords": put(Spotter(), "keywords", ["quiet", "loud"]),
+        "keywords": put(Spotter(), "keyword_spotting", ["quiet", "loud"]),
         "enhancement": put(Enhancer(), "speech_enhancement"),
         "synthesis": put(Synthesiser(), "speech_synthesis"),
         "no rate": publish(Enhancer(), folder / "no rate" / "1", "speech_enhancement", []),
