@@ -52,8 +52,8 @@ def reader(
 
     Returns:
         From int `[batch]` (as of `at_random_speeds`) to waveforms, float32 `[batch, samples]` from about -1 to 1,
-        and their lengths, int32 `[batch]`. Behind each clip is silence, up to 0.32 seconds times a whole number, less 10 ms:
-        so there are few lengths, and a multiple of 32 frames.
+        and their lengths, int32 `[batch]`. Behind each clip is silence, up to a whole number of
+        0.32 seconds less 10 ms: so there are few lengths, and a multiple of 32 frames.
     """
     multiple, stride = round(_MULTIPLE * sampling_rate), round(_STRIDE * sampling_rate)
 

@@ -28,7 +28,9 @@ class SequenceMask(keras.layers.Layer):
         return keras.KerasTensor(x.shape[:2], "bool")
 
 
-def convolve(x, counts, filters: int, kernel_size: tuple[int, int], strides: tuple[int, int], name: str):
+def convolve(
+    x, counts, filters: int, kernel_size: tuple[int, int], strides: tuple[int, int], name: str, normalize: bool = True
+):
     """Convolution, normalisation, ReLU.
 
     Args:
@@ -38,14 +40,17 @@ def convolve(x, counts, filters: int, kernel_size: tuple[int, int], strides: tup
         kernel_size: odd numbers of frames and bands.
         strides: frames and bands.
         name: of the convolution.
+        normalize: False leaves it out: each band has a weight of its own there, and what moves from one to another
+            isn't the same any more.
 
     Returns:
         The result in the same form, and its counts: one frame for each `strides[0]` that have begun.
     """
     around = tuple(size // 2 for size in kernel_size)
     x = keras.layers.ZeroPadding2D(around, name=f"{name}_pad")(x)
-    x = keras.layers.Conv2D(filters, kernel_size, strides, use_bias=False, name=name)(x)
-    x = keras.layers.LayerNormalization(axis=(2, 3), name=f"{name}_norm")(x)
+    x = keras.layers.Conv2D(filters, kernel_size, strides, use_bias=not normalize, name=name)(x)
+    if normalize:
+        x = keras.layers.LayerNormalization(axis=(2, 3), name=f"{name}_norm")(x)
     x = keras.layers.ReLU(name=f"{name}_relu")(x)
     counts = after(counts, strides[0])
     own = SequenceMask(name=f"{name}_mask")(x, counts)

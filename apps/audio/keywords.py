@@ -29,7 +29,7 @@ from apps import batches, figures, runner, scores, sets
 from apps.audio import augmentation, clips, convolutions, spectra, waveforms
 
 _SAMPLING_RATE = 16_000
-_KERNEL = (5, 5)
+_KERNEL, _STRIDES = (5, 5), ((1, 2), (2, 2), (2, 1), (1, 1))  # frames and bands; the last is that of all after it, too
 _DROPOUT = 0.3
 _LABEL_SMOOTHING = 0.05
 _WEIGHT_DECAY = 0.01
@@ -134,8 +134,8 @@ def build_model(options, data: runner.Data) -> keras.Model:
     x = augmentation.SpecAugment(bands=8, frames=8, masks=1, name="spec_augment")(front(waveform, length), counts)
     x = keras.ops.expand_dims(x, -1)
     for index in range(options.depth):
-        strides = (2, 2) if index % 2 else (1, 1)
-        x, counts = convolutions.convolve(x, counts, options.width, _KERNEL, strides, f"conv{index}")
+        strides, name = _STRIDES[min(index, len(_STRIDES) - 1)], f"conv{index}"
+        x, counts = convolutions.convolve(x, counts, options.width, _KERNEL, strides, name, normalize=False)
     x = keras.ops.max(x, axis=2)
     own = convolutions.SequenceMask(name="own_frames")(x, counts)
     x = keras.layers.GlobalAveragePooling1D(dtype="float32", name="mean")(x, mask=own)

@@ -6,9 +6,9 @@
 
 Two convolutions over time and frequency, which leave a step for each 40 ms, and bidirectional LSTMs give each step a
 probability of each character; CTC (`apps.audio.ctc`) does without knowing which is said when. The class is that of
-Deep Speech 2. Other than there, LSTMs are normalised frame by frame (`apps.audio.convolutions` says why), kernels are smaller, and
-there is no language model. Clips are played at three speeds and masked (`apps.audio.augmentation`). Served is sound in,
-text out: log-mel features and beam search are parts of the exported graph.
+Deep Speech 2. Other than there, LSTMs are normalised frame by frame (`apps.audio.convolutions` says why), kernels are
+smaller, and there is no language model. Clips are played at three speeds and masked (`apps.audio.augmentation`). Served
+is sound in, text out: log-mel features and beam search are parts of the exported graph.
 
 `--task=keywords` is `apps.audio.keywords`.
 
@@ -95,6 +95,8 @@ def build_model(options, data: runner.Data) -> keras.Model:
         x = keras.layers.LayerNormalization(name=f"norm{index}")(x)
         x = keras.layers.Dropout(_DROPOUT, name=f"dropout{index}")(x)
     logits = keras.layers.Dense(len(data.about["characters"]) + 1, dtype="float32", name="logits")(x)
+    # An operation also ends Keras' mask, by which the loss of a clip would be multiplied step by step.
+    logits = keras.ops.where(own[:, :, None], logits, 0)
     return keras.Model({"waveform": waveform, "length": length}, logits, name="deep_speech")
 
 
