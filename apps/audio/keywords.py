@@ -251,19 +251,16 @@ def conclude(call: runner.Call, data: runner.Data, folder: Path) -> dict[str, by
     probabilities, labels = predict(call, data.test)
     names = data.about["class_names"]
     _, first = np.unique(labels, return_index=True)
-    wanted = {int(row): names[labels[row]] for row in first}
-    sounds = {}
-    for row, (inputs, _) in enumerate(data.test.unbatch()):
-        if row in wanted:
-            sounds[wanted[row]] = inputs["waveform"].numpy()[: int(inputs["length"])]
+    heard = [sound for inputs, _ in data.test for sound in clips.cut(**inputs)]
+    sounds = {names[labels[row]]: heard[row] for row in first}
     for name, sound in sounds.items():
         waveforms.write(folder / f"{re.sub(_UNSAFE, '_', name)}.wav", sound, _SAMPLING_RATE)
     counts = metrics.confusion_matrix(labels, probabilities.argmax(axis=-1), labels=range(len(names)))
     shown: dict[str, bytes | str] = {
         "confusion_matrix": figures.to_png(figures.confusion_matrix(counts, names, "clips"))
     }
-    heard = list(sounds.items())[:_HEARD]
-    return shown | {f"test_{name}": clips.to_wav(sound, _SAMPLING_RATE) for name, sound in heard}
+    some = list(sounds.items())[:_HEARD]
+    return shown | {f"test_{name}": clips.to_wav(sound, _SAMPLING_RATE) for name, sound in some}
 
 
 # Main

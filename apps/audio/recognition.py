@@ -33,8 +33,8 @@ _SAMPLING_RATE = 16_000
 _NUM_MEL_BINS = 80
 _LONGEST = 16.0  # seconds of a clip that is trained on; half of Fish Fillets' clips have 3 or less
 _SPEEDS = (0.9, 1.0, 1.1)  # Ko et al. 2015
-# Frames and bands; smaller than the paper's, of which the second alone would take more time than all LSTMs.
-_KERNELS = ((11, 21), (7, 11))
+# Frames and bands; smaller than the paper's, with which convolutions would take more time than LSTMs.
+_KERNELS = ((7, 11), (5, 7))
 _STRIDES = ((2, 2), (2, 2))
 _CHANNELS = 32
 _DROPOUT = 0.3

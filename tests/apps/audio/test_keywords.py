@@ -104,7 +104,7 @@ def test_correlogram_is_numpys_autocorrelation():
 def test_a_voices_pitch_is_where_it_is_most_alike():
     for hertz in (90, 160, 290, 480):
         sound = sing(0.0, hertz, np.random.default_rng(1))[np.newaxis].astype("float32") / 2**15
-        alike = keywords.Correlogram(RATE)(sound, [sound.shape[1]])[0].numpy()
+        alike = keywords.Correlogram(RATE)(sound, np.array([sound.shape[1]]))[0].numpy()
         pitches = np.geomspace(600, 60, 96)[alike[5:-5].argmax(axis=1)]
         assert np.median(pitches) == pytest.approx(hertz, rel=0.03)
 
