@@ -16,7 +16,7 @@ LAYERS = [
     {"tfhalf.recurrent", "tfhalf.reporting", "tfhalf.compilation"},
     {"tfhalf.acceleration", "tfhalf.training", "tfhalf.export", "tfhalf.datasets"},
     {"tfhalf"},
-    {"apps.runner", "apps.figures", "apps.drawing", "apps.audio.waveforms"},
+    {"apps.runner", "apps.figures", "apps.drawing", "apps.scores", "apps.audio.waveforms"},
     {"apps.sets", "apps.presets", "apps.optimizers"},
     {"apps.batches"},
     {"apps"},

@@ -25,6 +25,11 @@ _FAINT = 1e-5  # noise that is added before a spectrum is drawn: silence has no 
 _DRAWN = 80  # dB
 
 
+def feature_of(features: tfds.features.FeatureConnector) -> str:
+    """Returns the name of the feature that is a set's sound: `speech`, as ours and LibriSpeech have, or `audio`."""
+    return "speech" if "speech" in features else "audio"
+
+
 def read(
     builder: tfds.core.DatasetBuilder, split: str, names: Sequence[str], sampling_rate: int
 ) -> list[list[np.ndarray] | np.ndarray]:
@@ -82,6 +87,11 @@ def pad(clips: tf.RaggedTensor, sampling_rate: int) -> tuple[tf.Tensor, tf.Tenso
     multiple = round(_MULTIPLE * sampling_rate)
     padded = tf.pad(padded, [[0, 0], [0, -tf.shape(padded)[1] % multiple]])
     return tf.cast(padded, tf.float32) / _FULL_SCALE, tf.cast(clips.row_lengths(), tf.int32)
+
+
+def cut(waveform: tf.Tensor, length: tf.Tensor) -> list[np.ndarray]:
+    """Returns the rows of a batch as `pad` returns it, without what is behind each clip."""
+    return [row[:own] for row, own in zip(waveform.numpy(), length.numpy(), strict=True)]
 
 
 def to_wav(waveform: np.ndarray, sampling_rate: int) -> bytes:
