@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from apps import runner
 from apps.audio import waveforms
 
-_FULL_SCALE = 1 << 15
+FULL_SCALE = 1 << 15
 # Seconds that lengths of batches are multiples of: few different ones.
 _MULTIPLE = 0.32
 _FAINT = 1e-5  # noise that is added before a spectrum is drawn: silence has no logarithm
@@ -86,7 +86,7 @@ def pad(clips: tf.RaggedTensor, sampling_rate: int) -> tuple[tf.Tensor, tf.Tenso
     padded = clips.to_tensor()
     multiple = round(_MULTIPLE * sampling_rate)
     padded = tf.pad(padded, [[0, 0], [0, -tf.shape(padded)[1] % multiple]])
-    return tf.cast(padded, tf.float32) / _FULL_SCALE, tf.cast(clips.row_lengths(), tf.int32)
+    return tf.cast(padded, tf.float32) / FULL_SCALE, tf.cast(clips.row_lengths(), tf.int32)
 
 
 def cut(waveform: tf.Tensor, length: tf.Tensor) -> list[np.ndarray]:

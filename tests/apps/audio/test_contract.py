@@ -5,5 +5,5 @@ from tests.apps.contract import *  # noqa: F403
 
 
 def test_every_task_is_found():
-    for name in ["keywords", "recognition"]:
+    for name in ["enhancement", "keywords", "recognition"]:
         assert f"apps.audio.{name}" in contract.MODULES
