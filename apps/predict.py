@@ -11,9 +11,9 @@
 
 The manifest says which task a bundle is for: classification prints the likeliest classes, object_detection the boxes,
 semantic_segmentation each class' share of the pixels, sentiment what the text is or its rating, machine_translation the
-translation, speech_recognition what is said, keyword_spotting which word. `--output` draws boxes or masks over the pictures;
-speech_enhancement and speech_synthesis write their sound there. A text is an argument that is no file or folder, or
-what a file holds, as a whole; of a folder all .txt files. A sound is a file of any rate, in mono or not.
+translation, speech_recognition what is said, keyword_spotting which word. `--output` draws boxes or masks over the
+pictures; speech_enhancement writes its sound there. A text is an argument that is no file or folder, or what a file
+holds, as a whole; of a folder all .txt files. A sound is a file of any rate, in mono or not.
 
 It imports neither Keras nor tfhalf, so what it prints is what any server would answer. Every file's sha256 is checked
 against the manifest before anything is loaded. What can't be read or predicted gets an error line and exit status 1;
@@ -112,7 +112,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float("min_score", None, "Detection: boxes with a lower score, 0 to 1, are neither printed nor drawn; "
                        f"{_MIN_SCORE} if not given.", lower_bound=0, upper_bound=1, flag_values=values)  # fmt: skip
     flags.DEFINE_string("output", None, "Where to draw boxes or masks over the pictures (detection, segmentation), or "
-                        "to write sounds (enhancement, synthesis): a folder, made if missing; for one picture or sound "
+                        "to write sounds (enhancement): a folder, made if missing; for one picture or sound "
                         "also a file that ends in .png or .wav.",
                         flag_values=values)  # fmt: skip
     flags.DEFINE_bool("json", False, "Print one JSON object a line instead of text.", flag_values=values)
@@ -316,8 +316,7 @@ def _targets(output: str | None, items: list[Item], task: Task) -> list[Path | N
     if output is None:
         return [None] * len(items)
     folder, kind = Path(output), "pictures" if task.suffix == ".png" else "sounds"
-    stems = [f"text{number}" if item.file is None else item.file.stem for number, item in enumerate(items, 1)]
-    targets: list[Path | None] = [folder / f"{stem}{task.suffix}" for stem in stems]
+    targets: list[Path | None] = [folder / f"{item.file.stem}{task.suffix}" for item in items]
     if folder.suffix.lower() in (*_SUFFIXES, *_SOUND_SUFFIXES) and not folder.is_dir():
         if folder.suffix.lower() != task.suffix:
             how = "drawn as PNG" if kind == "pictures" else "written as WAV"
@@ -325,7 +324,7 @@ def _targets(output: str | None, items: list[Item], task: Task) -> list[Path | N
         if len(items) > 1:
             raise PredictError(f"--output={output} is one file for {len(items)} {kind}; name a folder")
         targets, folder = [folder], folder.parent
-    drawn, given = {}, {item.file.resolve() for item in items if item.file is not None}
+    drawn, given = {}, {item.file.resolve() for item in items}
     for item, target in zip(items, targets, strict=True):
         if target in drawn:
             made = "drawn" if kind == "pictures" else "written"
@@ -458,7 +457,6 @@ _READERS = {
 _CLASSIFIED = (("probabilities",), ("top_k",), _classify, _classes_as_text)
 _DETECTED = (("boxes", "scores", "class_ids", "count"), ("min_score", "output"), _detect, _boxes_as_text)
 _SEGMENTED = (("class_map", "probabilities"), ("output",), _segment, _shares_as_text)
-_HEARD = (("waveform",), ("output",), _sound, _sound_as_text, _as_wav, ".wav")
 _TASKS = {
     "image_classification": Task("image", *_CLASSIFIED),
     "object_detection": Task("image", *_DETECTED, _drawn(drawing.draw_boxes)),
@@ -469,8 +467,7 @@ _TASKS = {
     "machine_translation": Task("text", ("translation", "score"), (), _translate, lambda answer: answer["translation"]),
     "speech_recognition": Task("waveform", ("text", "score"), (), _transcribe, lambda answer: answer["transcript"]),
     "keyword_spotting": Task("waveform", *_CLASSIFIED),
-    "speech_enhancement": Task("waveform", *_HEARD),
-    "speech_synthesis": Task("text", *_HEARD),
+    "speech_enhancement": Task("waveform", ("waveform",), ("output",), _sound, _sound_as_text, _as_wav, ".wav"),
 }
 
 

@@ -517,12 +517,6 @@ def listeners(tmp_path_factory) -> dict[str, Path]:
         def serve(self, waveform, length):
             return {"waveform": 4 * waveform[:, ::-1]}
 
-    class Synthesiser(tf.Module):
-        @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="text")], autograph=False)
-        def serve(self, text):
-            size = 100 * tf.strings.length(text)[0]
-            return {"waveform": tf.linspace(0.0, 0.5, size)[tf.newaxis]}
-
     folder = tmp_path_factory.mktemp("listeners")
 
     def put(module, task, names=(), rate=8_000):
@@ -532,7 +526,6 @@ def listeners(tmp_path_factory) -> dict[str, Path]:
         "recognition": put(Recogniser(), "speech_recognition"),
         "keywords": put(Spotter(), "keyword_spotting", ["quiet", "loud"]),
         "enhancement": put(Enhancer(), "speech_enhancement"),
-        "synthesis": put(Synthesiser(), "speech_synthesis"),
         "no rate": publish(Enhancer(), folder / "no rate" / "1", "speech_enhancement", []),
     }
 
@@ -578,14 +571,8 @@ def test_answers_that_are_sound_are_written(listeners, tmp_path, capsys):
     samples, rate = soundfile.read(out / "ramp.wav")
     assert rate == 8_000
     np.testing.assert_allclose(samples, np.clip(4 * np.linspace(0.75, 0, 4_000), -1, 1), atol=2**-12)
-    lines, _ = answer(capsys, listeners["synthesis"], "ab", "four", output=out, as_json=True)
-    assert [json.loads(line) for line in lines] == [
-        {"text": "ab", "seconds": 0.025, "output": f"{out}/text1.wav"},
-        {"text": "four", "seconds": 0.05, "output": f"{out}/text2.wav"},
-    ]
-    assert len(soundfile.read(out / "text2.wav")[0]) == 400
-    lines, _ = answer(capsys, listeners["synthesis"], "four", output=tmp_path / "one.WAV")
-    assert lines == [f'"four": 0.05 s in {tmp_path}/one.WAV']
+    (line,), _ = answer(capsys, listeners["enhancement"], ramp, output=tmp_path / "one.WAV", as_json=True)
+    assert json.loads(line) == {"file": str(ramp), "seconds": 0.5, "output": f"{tmp_path}/one.WAV"}
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -596,7 +583,7 @@ def test_where_sound_is_not_written(listeners, tmp_path, capsys):
         ("enhancement", [ramp], None, "--output is missing: .* answers with sound; name a folder"),
         ("enhancement", [ramp], tmp_path, r"ramp.wav is a sound to predict; take another folder"),
         ("enhancement", [ramp], tmp_path / "x.flac", r"sounds are written as WAV; name a folder or a file .wav"),
-        ("synthesis", ["a", "b"], tmp_path / "x.wav", r"is one file for 2 sounds; name a folder"),
+        ("enhancement", [ramp, ramp], tmp_path / "x.wav", r"is one file for 2 sounds; name a folder"),
         ("recognition", [ramp], tmp_path, r"--output=.* does nothing for .* speech_recognition"),
     ]:
         with pytest.raises(predict.PredictError, match=message):
