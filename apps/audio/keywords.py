@@ -37,8 +37,8 @@ _WEIGHT_DECAY = 0.01
 # pitch, in Hz; the exponent of magnitudes, Tolonen and Karjalainen's; and what one of silence has. Not tuned.
 _WINDOW, _HIGHEST, _COMPRESSION, _FAINT = 0.05, 3000.0, 0.67, 1e-3
 _UNSAFE = r"[^\w-]"  # in the name of a file
-# Versions of each clip. Voices differ in pitch by an octave; words at speeds that people don't have are no help.
-_SPEEDS = {"log_mel": (0.9, 0.95, 1.0, 1.05, 1.1), "pitch": tuple(np.geomspace(0.7, 1.4, 11))}
+# Versions of each clip. Voices differ by more than an octave; words at speeds that people don't have are no help.
+_SPEEDS = {"log_mel": (0.9, 0.95, 1.0, 1.05, 1.1), "pitch": tuple(np.geomspace(0.75, 2.25, 11))}
 _SHOWN, _HEARD = 16, 2  # clips in the table, and of them as sounds and pictures
 
 
@@ -91,9 +91,10 @@ class Correlogram(keras.layers.Layer):
         self._config = {"sampling_rate": sampling_rate, "min_freq": min_freq, "max_freq": max_freq,
                         "num_lags": num_lags}  # fmt: skip
         hertz = np.arange(self.framing.num_bins) * sampling_rate / self.framing.fft_length
+        hertz = hertz[hertz < _HIGHEST]
         lags = 1 / np.geomspace(max_freq, min_freq, num_lags)
-        # The transform back to lags, at those that are wanted; frequencies but the first and the last are there twice.
-        twice = np.where((hertz == 0) | (hertz == sampling_rate / 2), 1, 2) * (hertz < _HIGHEST)
+        # The transform back to lags, at those that are wanted; frequencies but 0 and the last are there twice.
+        twice = np.where((hertz == 0) | (hertz == sampling_rate / 2), 1, 2)
         self._cosines = (twice[:, np.newaxis] * np.cos(2 * np.pi * np.outer(hertz, lags))).astype("float32")
         self._twice = twice.astype("float32")[:, np.newaxis]
 
@@ -108,7 +109,8 @@ class Correlogram(keras.layers.Layer):
             float32 `[batch, frames, num_lags]` from -1 to 1, 0 behind a clip's own frames.
         """
         waveforms = tf.where(tf.sequence_mask(lengths, tf.shape(waveforms)[1]), waveforms, 0.0)
-        powers = (tf.abs(spectra.stft(waveforms, self.framing)) + _FAINT) ** _COMPRESSION
+        magnitudes = tf.abs(spectra.stft(waveforms, self.framing)[:, :, : len(self._twice)])
+        powers = (magnitudes + _FAINT) ** _COMPRESSION
         alike = tf.matmul(powers, self._cosines) / tf.matmul(powers, self._twice)
         own = tf.sequence_mask(spectra.num_frames(lengths, self.framing), tf.shape(alike)[1])
         return tf.where(own[:, :, tf.newaxis], alike, 0.0)

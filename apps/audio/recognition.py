@@ -39,6 +39,9 @@ _STRIDES = ((2, 2), (2, 2))
 _CHANNELS = 32
 _DROPOUT = 0.3
 _WEIGHT_DECAY = 0.01
+# The loss is divided by a constant and not by a batch's number of characters, which would differ on each replica. It is
+# divided at all because gradients of a whole text, times the first loss scale, are too large for float16.
+_TYPICAL_CHARACTERS = 32
 _SHOWN, _HEARD = 8, 2  # clips in the table, and of them as sounds and pictures
 _COLUMNS = ("reference", "heard", "log-probability")
 
@@ -113,9 +116,18 @@ def build_optimizer(options, num_steps: int) -> keras.optimizers.Optimizer:
     return runner.adamw(options.learning_rate, num_steps, _WEIGHT_DECAY)
 
 
+@keras.saving.register_keras_serializable("tfhalf.apps")
+class CTCOfTypicalText(ctc.CTC):
+    """CTC of a row, divided by how many characters a text typically has."""
+
+    def call(self, y_true, y_pred):
+        """Returns float32 `[batch]`."""
+        return super().call(y_true, y_pred) / _TYPICAL_CHARACTERS
+
+
 def build_loss(options) -> keras.losses.Loss:
     """CTC."""
-    return ctc.CTC()
+    return CTCOfTypicalText()
 
 
 @keras.saving.register_keras_serializable("tfhalf.apps")

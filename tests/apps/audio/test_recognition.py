@@ -87,7 +87,7 @@ def options(folder: str, *more: str):
 @pytest.fixture(scope="module")
 def learned(folder, tmp_path_factory):
     """A small half model that has learned the language, its data, what loading printed, and its losses."""
-    settings = options(folder, "--epochs=12", "--learning_rate=1e-2")
+    settings = options(folder, "--epochs=9", "--learning_rate=1e-2")
     sets.prepare(settings)
     printed, say = [], runner.say
     runner.say = printed.append
@@ -164,7 +164,7 @@ def test_accuracy_in_training_is_1_less_jiwers_error_rate_of_greedy_search(learn
         losses += (-ctc.log_probability(raw["log_probs"], raw["num_steps"], packed[:, 1:])).numpy().tolist()
     assert seen["character_accuracy"] == pytest.approx(1 - jiwer.cer(references, heard), abs=0.01)  # doubled spaces
     # Of each clip as it is: no mask of Keras' multiplies it.
-    assert seen["loss"] == pytest.approx(np.mean(losses), rel=1e-2)
+    assert seen["loss"] == pytest.approx(np.mean(losses) / 32, rel=1e-2)
 
 
 def test_accuracy_by_hand():
@@ -220,7 +220,7 @@ def test_training_does_not_depend_on_the_clips_beside_either(learned, said):
             np.testing.assert_allclose(whole, sum(parts), atol=2e-4 * max(1.0, np.abs(whole).max()))
 
 
-def test_odd_clips(learned, answer):
+def test_odd_clips(learned):
     model, data, *_ = learned
     random = np.random.default_rng(1)
     clips = {
@@ -232,16 +232,18 @@ def test_odd_clips(learned, answer):
         "beyond full scale": 40 * random.normal(size=3000),
         "long": random.normal(size=90 * RATE) / 9,
     }
-    answers = answer(**batch(list(clips.values())))
+    with tfhalf.precision.computing_in(model, "float32"):  # roundings of half differ with the shape of a batch
+        answer = runner.answering(recognition.TASK, model, data)
+        answers = answer(**batch(list(clips.values())))
+        alone = [answer(**batch([clip.astype("float32")])) for clip in clips.values()]
     raw = recognition.serve(model, data)[0](**batch(list(clips.values())[:4]))
     assert raw["num_steps"].numpy().tolist() == [0, 1, 15, 15]
     assert np.isfinite(answers["score"]).all()
     assert answers["text"][0] == b""
     assert answers["score"][0] == 0.0
-    for row, clip in enumerate(clips.values()):
-        alone = answer(**batch([clip.astype("float32")]))
-        assert alone["text"][0] == answers["text"][row], list(clips)[row]
-        np.testing.assert_allclose(alone["score"][0], answers["score"][row], rtol=2e-2, atol=2e-2)
+    for row, name in enumerate(clips):
+        assert alone[row]["text"][0] == answers["text"][row], name
+        np.testing.assert_allclose(alone[row]["score"][0], answers["score"][row], rtol=1e-3, atol=1e-3, err_msg=name)
 
 
 def test_a_length_that_cannot_be_is_the_nearest_that_can(answer, said):
@@ -303,9 +305,9 @@ def test_features_are_not_rounded(folder, learned, said, policy):
     assert set(measured.islands) == {"log_mel", "conv0_norm", "conv1_norm", "norm0", "logits"}
 
 
-def test_steps_are_skipped_to_find_the_loss_scale_only(learned):
+def test_first_loss_scale_fits(learned):
     model, *_ = learned
-    assert model.optimizer.steps_skipped <= 4
+    assert model.optimizer.steps_skipped <= 1
     assert all(np.isfinite(weight.numpy()).all() for weight in model.weights)
 
 
