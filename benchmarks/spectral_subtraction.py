@@ -47,7 +47,9 @@ def _run(options: flags.FlagValues) -> None:
     rules = {"noisy input": lambda clip: clip, "spectral subtraction": subtract}
     if options.saved_model:
         call = tfhalf.load_saved_model(options.saved_model)
-        rules["the bundle"] = lambda clip: call(waveform=clip[np.newaxis], length=[len(clip)])["waveform"][0]
+        rules["the bundle"] = lambda clip: call(
+            {"waveform": clip[np.newaxis], "length": np.array([len(clip)], "int32")}
+        )["waveform"][0]
     for rule, estimate in rules.items():
         scores = quality.compare(clean, noisy, [estimate(clip) for clip in noisy], snrs, enhancement.SAMPLING_RATE)
         columns = " | ".join(f"{name} {value:.3f}".removesuffix(".000") for name, value in scores.items())

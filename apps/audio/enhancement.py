@@ -2,19 +2,24 @@
 
     python -m apps.audio.enhancement --dataset=fillets_noisy
 
+After 300 of its 4,136 steps the test part is 7.0 dB nearer to the clean speech than the noisy clips are, by SI-SDR, and
+7.7 dB where speech and noise are equally loud (2026-11-26); benchmarks/spectral_subtraction.py has 1.3 dB in both.
+
 A convolutional recurrent network on the short-time spectrum gives a complex ratio mask: convolutions halve the
 frequencies five times, a bidirectional LSTM looks along time, transposed convolutions double the frequencies again,
 each beside what was there before; the mask multiplies the noisy spectrum, and so changes phases too.
 
 A clip is divided by its own level first and multiplied by it in the end. Its result doesn't depend on the clips beside
 it in a batch: convolutions look back in time only, the LSTM leaves out frames that are filled up, and
-BatchNormalization goes by its moving statistics. Sound is at 8 kHz.
+BatchNormalization goes by its moving statistics. Sound is at 8 kHz. A long clip is served as a whole: a minute takes
+about 100 MB of memory (measured up to five).
 
 It trains on windows that are mixed anew in each epoch: speech, the noise of another place (noisy - clean), at a ratio
 that is drawn. The loss is SI-SDR and SNR (`apps.audio.quality`).
 
 Half precision: spectra, levels and what is done with them are float32: a bin's power spans more than float16 has. The
-network gets magnitudes to the power of 0.3, which span a few powers of ten. The mask is a model's last layer.
+network gets magnitudes to the power of 0.3, which span a few powers of ten. The layer that gives the mask is float32:
+what it gives is multiplied in float32.
 
 Sources: Tan and Wang 2018, "A convolutional recurrent neural network for real-time speech enhancement", Interspeech
 (network); Williamson et al. 2016, IEEE/ACM Transactions on Audio, Speech, and Language Processing 24(3) (mask).
@@ -372,7 +377,7 @@ def _before_and_after(cleans, noisies, estimates) -> dict[str, bytes]:
 TASK = runner.Task(
     name="speech_enhancement",
     define_flags=define_flags,
-    defaults={"dataset": "fillets_noisy", "batch_size": 16, "epochs": 20, "learning_rate": 1e-3},
+    defaults={"dataset": "fillets_noisy", "batch_size": 8, "epochs": 22, "learning_rate": 1e-3},
     load_data=load_data,
     build_model=build_model,
     build_optimizer=build_optimizer,

@@ -1,5 +1,7 @@
 """The network's parts by hand, clips of every length and loudness in batches and alone, mixing, and the baseline."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -22,14 +24,8 @@ LENGTHS = [0, 1, 127, 128, 129, 3_000, 8_000]
 SAME = {"float32": 2e-5, "mixed_float16": 1e-2}
 
 
-def build(*arguments: str, wild: bool = False) -> keras.Model:
-    """A small model; a wild one has weights that let nothing pass as it is, and statistics as after a training."""
-    model = runner.build(enhancement.TASK, options_for(enhancement.TASK, *SMALL, *arguments), DATA)
-    random = np.random.default_rng(7)
-    for weight in model.weights if wild else []:
-        values = random.normal(0, 0.3, weight.shape)
-        weight.assign(1 + np.abs(values) if "norm" in weight.path else values)
-    return model
+def build(*arguments: str) -> keras.Model:
+    return runner.build(enhancement.TASK, options_for(enhancement.TASK, *SMALL, *arguments), DATA)
 
 
 def filled_up(lengths: list[int], samples: int, behind: float = 0.0) -> dict[str, np.ndarray]:
@@ -51,6 +47,16 @@ def served(model: keras.Model):
     return lambda **inputs: function(*(inputs[name] for name in names))["waveform"].numpy()
 
 
+@functools.cache
+def wild(policy: str):
+    """A served model whose weights let nothing pass as it is, with statistics as after a training."""
+    model, random = build(f"--dtype_policy={policy}"), np.random.default_rng(7)
+    for weight in model.weights:
+        values = random.normal(0, 0.3, weight.shape)
+        weight.assign(1 + np.abs(values) if "norm" in weight.path else values)
+    return served(model)
+
+
 # Model
 
 
@@ -61,7 +67,7 @@ def test_model_in_each_policy(policy):
     outputs = model(inputs)
     assert outputs.dtype == tf.float32
     assert outputs.shape == (2, 4_000)
-    assert set(tfhalf.left_alone(model)) == {"analysis", "synthesis"}
+    assert tfhalf.left_alone(model) == {}
     if policy != "float32":
         measured = tfhalf.coverage(model, inputs)
         assert measured.multiply_adds_in_half > 0.9
@@ -108,7 +114,7 @@ def test_network_sees_compressed_spectra_of_clips_at_level_1():
 
 @pytest.mark.parametrize("policy", SAME)
 def test_clips_do_not_depend_on_those_beside_them(policy):
-    answer = served(build(f"--dtype_policy={policy}", wild=True))
+    answer = wild(policy)
     inputs = filled_up(LENGTHS, 8_000, behind=3.0)
     outputs = answer(**inputs)
     for row, length in enumerate(LENGTHS):
@@ -123,7 +129,7 @@ def test_clips_do_not_depend_on_those_beside_them(policy):
 
 @pytest.mark.parametrize("policy", SAME)
 def test_loudness_goes_through(policy):
-    answer = served(build(f"--dtype_policy={policy}", wild=True))
+    answer = wild(policy)
     inputs = filled_up([8_000, 3_000], 8_000)
     outputs = answer(**inputs)
     for factor in (2.0**-12, 2.0**-4, 2.0**13):
@@ -132,7 +138,7 @@ def test_loudness_goes_through(policy):
 
 
 def test_every_kind_of_clip_is_served():
-    answer = served(build(wild=True))
+    answer = wild("mixed_float16")
     random = np.random.default_rng(0)
     kinds = {
         "silence": np.zeros(2_000),
@@ -147,14 +153,14 @@ def test_every_kind_of_clip_is_served():
         assert outputs.shape == (1, 2_000), kind
         assert np.isfinite(outputs).all(), kind
         assert np.any(outputs) == (kind != "silence"), kind
-    long = filled_up([400_000], 400_000)
+    long = filled_up([150_000], 150_000)
     assert np.isfinite(answer(**long)).all()
     nobody = answer(waveform=np.zeros([0, 50], "float32"), length=np.zeros([0], "int32"))
     assert nobody.shape == (0, 50)
 
 
 def test_lengths_that_cannot_be_are_the_nearest_that_can():
-    answer = served(build(wild=True))
+    answer = wild("mixed_float16")
     waveform = filled_up([600] * 3, 600)["waveform"]
     outputs = answer(waveform=waveform, length=np.array([-5, 600, 10**6], "int32"))
     assert not outputs[0].any()
