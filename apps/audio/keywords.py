@@ -232,9 +232,8 @@ def describe(counts: dict[str, float]) -> str:
 
 def show(model: keras.Model, data: runner.Data) -> dict[str, bytes | str]:
     """Some validation clips with what the model says of them; the first as sounds and pictures."""
-    call = tf.function(serve(model, data)[0], autograph=False)
     (inputs, labels), names = next(iter(data.shown)), data.about["class_names"]
-    probabilities = call(**inputs)["probabilities"].numpy()
+    probabilities = serve(model, data)[0](**inputs)["probabilities"].numpy()
     sounds = clips.cut(**inputs)[:_HEARD]
     rows = [
         (str(number), names[label], f"{names[row.argmax()]} {row.max():.0%}")
