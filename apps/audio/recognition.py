@@ -4,6 +4,8 @@
     python -m apps.audio.recognition --dataset=librispeech --width=512 --depth=5
     python -m apps.audio.recognition --task=keywords --dataset=gcin_tones --features=pitch
 
+Expected of the first: not known yet, it wasn't trained to the end.
+
 Two convolutions over time and frequency, which leave a step for each 40 ms, and bidirectional LSTMs give each step a
 probability of each character; CTC (`apps.audio.ctc`) does without knowing which is said when. The class is that of
 Deep Speech 2. Other than there, LSTMs are normalised frame by frame (`apps.audio.convolutions` says why), kernels are
