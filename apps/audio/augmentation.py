@@ -2,7 +2,7 @@
 
 Speed: a clip is resampled as if it were played at another speed, so that pitch, formants and tempo change together.
 Which clip at which speed is a pure function of seed and epoch. SpecAugment: some bands, and some frames, are set to
-0, the mean; without its warping of time, which Park et al. found to matter least.
+0, the mean; it has no warping of time.
 
 Half precision: samples and spectra are float32 whatever the policy, counts are integers.
 
@@ -90,7 +90,7 @@ class SpecAugment(keras.layers.Layer):
         masks: of each kind.
         seed: of what is drawn.
 
-    Source: Park et al. 2019, arXiv:1904.08779, section 2.
+    Source: Park et al. 2019, arXiv:1904.08779.
     """
 
     def __init__(

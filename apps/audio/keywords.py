@@ -1,8 +1,10 @@
 """Keyword spotting: which of a few words is it, or which tone?
 
     python -m apps.audio.keywords --dataset=gcin_tones --features=pitch
-    python -m apps.audio.keywords --dataset=speech_commands --epochs=20
+    python -m apps.audio.keywords --dataset=speech_commands --features=log_mel --epochs=20
     python -m apps.audio.recognition --task=keywords --dataset=gcin_tones --features=pitch
+
+Expected of the first: 61% of another speaker's tones, 98% of the same speaker's in other syllables; we aim at 75%.
 
 Convolutions over time and frequency; then the largest value of all frequencies and the mean over a clip's own frames.
 Features are log-mel bands, as words need them, or pitch, as tones need it: the autocorrelation of each frame at lags
@@ -34,7 +36,7 @@ _DROPOUT = 0.3
 _LABEL_SMOOTHING = 0.05
 _WEIGHT_DECAY = 0.01
 # Of the correlogram: three periods of 60 Hz in a frame, in seconds; where voices have harmonics that are heard as one
-# pitch, in Hz; the exponent of magnitudes, Tolonen and Karjalainen's; and what one of silence has. Not tuned.
+# pitch, in Hz; the exponent of magnitudes (2 is the plain autocorrelation); and what one of silence has. Not tuned.
 _WINDOW, _HIGHEST, _COMPRESSION, _FAINT = 0.05, 3000.0, 0.67, 1e-3
 _UNSAFE = r"[^\w-]"  # in the name of a file
 # Versions of each clip. Voices differ by more than an octave; words at speeds that people don't have are no help.
@@ -232,9 +234,8 @@ def describe(counts: dict[str, float]) -> str:
 
 def show(model: keras.Model, data: runner.Data) -> dict[str, bytes | str]:
     """Some validation clips with what the model says of them; the first as sounds and pictures."""
-    call = tf.function(serve(model, data)[0], autograph=False)
     (inputs, labels), names = next(iter(data.shown)), data.about["class_names"]
-    probabilities = call(**inputs)["probabilities"].numpy()
+    probabilities = serve(model, data)[0](**inputs)["probabilities"].numpy()
     sounds = clips.cut(**inputs)[:_HEARD]
     rows = [
         (str(number), names[label], f"{names[row.argmax()]} {row.max():.0%}")
@@ -273,7 +274,7 @@ TASK = runner.Task(
     defaults={
         "dataset": "gcin_tones",
         "batch_size": 32,
-        "epochs": 60,
+        "epochs": 40,
         "learning_rate": 2e-3,
         "width": 32,
         "depth": 4,
