@@ -145,13 +145,13 @@ def to_data(options, parts, encode_targets: Callable[[np.ndarray], np.ndarray], 
     """
     train, validation, test = parts
     reader = _make_reader(options, train[0])
-    lengths, batches = _batches(options, reader, train[0], encode_targets(train[1]))
+    lengths, all_training = _batches(options, reader, train[0], encode_targets(train[1]))
     order, steps = batches.training_order(options, lengths)
     validation_targets = encode_targets(validation[1])
     lengths, all_validation = _batches(options, reader, validation[0], validation_targets)
     test = texts.by_length(*test)
     return runner.Data(
-        train=lambda epoch: batches(order(epoch)),
+        train=lambda epoch: all_training(order(epoch)),
         steps_per_epoch=steps,
         validation=all_validation(np.argsort(lengths, kind="stable")),
         test=tf.data.Dataset.from_tensor_slices(({"text": test[0]}, test[1])).batch(options.batch_size),
