@@ -42,4 +42,6 @@ $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -m venv --clear .venv || { [ "$$(id -u)" = 0 ] && apt-get update && apt-get install -y python3.11-venv && $(PYTHON) -m venv --clear .venv; } \
 	  || { rm -rf .venv; echo "error: $(PYTHON) can't make a virtual environment; run: apt-get install python3.11-venv" >&2; exit 1; }
 	$(RUN) -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@$(RUN) -m pip install --disable-pip-version-check --quiet --editable '.[pesq]' \
+	  || echo "note: pesq can't be compiled here (apt-get install gcc python3.11-dev), so PESQ won't be measured" >&2
 	touch $@

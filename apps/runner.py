@@ -90,8 +90,10 @@ class Task:
         metric: the one of them that decides.
         margin: largest difference of that metric between the trained model and its artefact; 1 / total at least.
         describe: metrics -> the line that reports them.
-        show: model, data -> PNG pictures (bytes) and texts in Markdown (str) by tag, after each epoch.
+        show: model, data -> PNG pictures and WAV sounds (bytes) and texts in Markdown (str) by tag, after each epoch.
         conclude: served function, data, folder -> the same at the end; writes examples for apps/predict.py.
+        choose: options -> the task that they ask for, where an app has several; its defaults hold where a shared flag
+            isn't given. None: this one.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Task:
     show: Callable[[keras.Model, Data], dict[str, bytes | str]]
     conclude: Callable[[Call, Data, Path], dict[str, bytes | str]]
     decide: Callable[[keras.Model, Data], Decide | dict[str, Decide]] | None = None
+    choose: Callable[[types.SimpleNamespace], "Task"] | None = None
 
 
 def main(task: Task) -> None:
@@ -228,6 +231,7 @@ def exit_code(body: Callable[[list[str]], None], argv: list[str]) -> int:
 
 def run(task: Task, options: types.SimpleNamespace) -> tfhalf.Manifest | None:
     """The sequence. Returns the manifest of the bundle that it published, or None in a worker that isn't the chief."""
+    task, options = chosen(task, options)
     strategy = distribution.make_strategy(options.distribute, options.num_logical_devices)
     workers = distribution.Workers(strategy)
     if options.deterministic:
@@ -264,6 +268,15 @@ def run(task: Task, options: types.SimpleNamespace) -> tfhalf.Manifest | None:
         manifest = _conclude(task, options, name, config, workdir, data, model, measured, progress)
     workers.wait_for_all()  # a worker that leaves earlier would look like one that died
     return manifest
+
+
+def chosen(task: Task, options: types.SimpleNamespace) -> tuple[Task, types.SimpleNamespace]:
+    """Returns the task that the flags ask for, and the flags with its defaults."""
+    if task.choose is None:
+        return task, options
+    task = task.choose(options)
+    defaults = {name: value for name, value in task.defaults.items() if name not in options.given}
+    return task, types.SimpleNamespace(**vars(options) | defaults)
 
 
 def _introduce(task: Task, options, model: keras.Model, measured, workers: distribution.Workers) -> None:

@@ -5,7 +5,7 @@
 
 scikit-learn's LinearSVC (C=1) on TfidfVectorizer(sublinear_tf=True): small words of two characters or more, once alone
 and once with pairs beside them. It learns from the part that the apps train on and the one that they cut from it to
-choose an epoch, since it chooses none; accuracy and macro-averaged F1 are those of apps.text.classification. Where
+choose an epoch, since it chooses none; accuracy and macro-averaged F1 are those of apps.scores. Where
 texts have a rating too, ridge regression (alpha=1) on the same features is scored as graded sentiment is.
 
 Source: Wang and Manning 2012, ACL P12-2018 (how far linear models on words and pairs come).
@@ -17,8 +17,8 @@ import numpy as np
 from absl import app, flags
 from sklearn import feature_extraction, linear_model, pipeline, svm
 
-from apps import runner, sets
-from apps.text import classification, encoder, sentiment, texts
+from apps import runner, scores, sets
+from apps.text import encoder, sentiment, texts
 
 _FEATURES = {"words": 1, "words and pairs": 2}  # words in the longest n-gram
 
@@ -38,7 +38,7 @@ def _run(options: flags.FlagValues) -> None:
     train, test = read_parts(options, builder, text, "label")
     for name, longest in _FEATURES.items():
         predictions = fit(svm.LinearSVC(C=1.0, random_state=0), longest, *train).predict(test[0])
-        line = classification.in_words(classification.count(test[1], predictions))
+        line = scores.in_words(scores.count(test[1], predictions))
         print(f"{options.dataset}, LinearSVC, {name}: {line}", flush=True)
     if "rating" not in features:
         return

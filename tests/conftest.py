@@ -57,8 +57,8 @@ def data_dir(tmp_path_factory) -> str:
 
 def _fetch(folder: Path) -> None:
     names = ["mnist_5k", "deepforest", "blue_marble", "reuters_r8", "vader_movies"]
-    if shutil.which("apt-get"):  # the Bibles are Debian's packages
-        names.append("bible_en_es")
+    if shutil.which("apt-get"):  # these are Debian's packages
+        names += ["bible_en_es", "fillets_cs", "fillets_noisy", "gcin_tones"]
     result = run_module("apps.data", f"--dataset={','.join(names)}", f"--data_dir={folder}", timeout=900)
     assert result.returncode == 0, result.stderr
     assert "train 4,000, test 1,000" in result.stdout

@@ -221,6 +221,19 @@ def test_what_has_no_kernel_is_named_and_works():
     assert model(np.ones([2, 6, 4], "float32")).shape == (2, 6, 4)
 
 
+def test_a_layer_that_chooses_its_dtypes_itself_is_not_named():
+    class Float32(layers.Layer):
+        def call(self, inputs):
+            return tf.cast(inputs, tf.float32) ** 2
+
+    def make(**settings):
+        inputs = keras.Input([4])
+        return keras.Model(inputs, Float32(name="own", **settings)(inputs))
+
+    assert left_alone(build(make)) == {"own": "Float32 has no kernel"}
+    assert left_alone(build(lambda: make(autocast=False))) == {}
+
+
 def test_what_somebody_else_replaced_stays():
     model = build(convnet)
     own = model.get_layer("dense").call

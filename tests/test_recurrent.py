@@ -55,6 +55,26 @@ def test_outputs_and_gradients_are_keras(settings, steps):
         np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_lengths_that_are_not_known_are_xlas_where_they_are_multiples_of_8(policy):
+    """Both loops, in one graph, give what they give alone."""
+    x = np.random.default_rng(1).normal(size=[3, 16, 5]).astype("float32")
+    for steps in (7, 8, 16):
+        given = accelerate(build(policy, steps=steps, return_sequences=True))
+        open_ = accelerate(build(policy, steps=None, return_sequences=True))
+        for here, there in zip(results(open_, x[:, :steps]), results(given, x[:, :steps]), strict=True):
+            np.testing.assert_allclose(here, there, rtol=1e-5, atol=1e-6 if policy == "float32" else 2e-3)
+    spec = tf.TensorSpec([3, None, 24]), *[tf.TensorSpec([3, 6])] * 2
+    others = tf.zeros([6, 24]), tf.zeros([24])
+
+    def scan(inputs, state, carry):
+        return recurrent._scan(tf.transpose(inputs, [1, 0, 2]), state, carry, *others, tf.constant([[[True]]]))[0]
+
+    graph = tf.function(scan, input_signature=spec).get_concrete_function().graph.as_graph_def()
+    compiled = [each.signature.name for each in graph.library.function if each.attr["_XlaMustCompile"].b]
+    assert compiled, "XLA has no part in it"
+
+
 @pytest.mark.parametrize("settings", [{}, {"return_sequences": True}, {"return_sequences": True, "go_backwards": True}])
 @pytest.mark.parametrize("zero", [False, True])
 def test_masked_steps_leave_the_state(settings, zero):

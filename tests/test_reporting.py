@@ -11,6 +11,7 @@ from tfhalf import reporting, training
 
 
 def test_tensorboard_shows_the_run(build_convnet, pictures, tmp_path):
+    wav = tf.audio.encode_wav(np.linspace(-1, 1, 80, dtype=np.float32)[:, np.newaxis], 16_000).numpy()
     png = tf.io.encode_png(np.full([5, 7, 3], 200, np.uint8)).numpy()
     data = tf.data.Dataset.from_tensor_slices((pictures, pictures.mean(axis=(1, 2)))).batch(2)
     model = build_convnet()
@@ -19,7 +20,8 @@ def test_tensorboard_shows_the_run(build_convnet, pictures, tmp_path):
         model, lambda epoch: data, data, workdir=tmp_path, epochs=3, steps_per_epoch=6, monitor="val_loss",
         config={"seed": 1, "plan": {"default": "x"}}, show=lambda model: {"predictions": png},
     )  # fmt: skip
-    training.write_results(tmp_path, progress, {"seed": 1}, {"accuracy": 0.5}, {"confusion": png, "table": "| a |"}, 18)
+    shown = {"confusion": png, "table": "| a |", "voice": wav}
+    training.write_results(tmp_path, progress, {"seed": 1}, {"accuracy": 0.5}, shown, 18)
     train, validation = (EventAccumulator(str(tmp_path / "tensorboard" / name)) for name in ("train", "validation"))
     train.Reload()
     validation.Reload()
@@ -30,11 +32,15 @@ def test_tensorboard_shows_the_run(build_convnet, pictures, tmp_path):
     }  # fmt: skip
     assert tags["graph"]
     assert "_hparams_/session_start_info" in train.summary_metadata
-    assert set(validation.Tags()["tensors"]) == {"epoch/loss", "epoch/mae", "predictions", "confusion", "table"}
+    assert set(validation.Tags()["tensors"]) == {"epoch/loss", "epoch/mae", "predictions", *shown}
     (table,) = validation.Tensors("table")
     assert (table.step, table.tensor_proto.string_val[0]) == (18, b"| a |")
-    plugins = {tag: validation.summary_metadata[tag].plugin_data.plugin_name for tag in ("confusion", "table")}
-    assert plugins == {"confusion": "images", "table": "text"}
+    plugins = {tag: validation.summary_metadata[tag].plugin_data.plugin_name for tag in shown}
+    assert plugins == {"confusion": "images", "table": "text", "voice": "audio"}
+    (voice,) = validation.Tensors("voice")
+    waveform, sampling_rate = tf.audio.decode_wav(voice.tensor_proto.string_val[0])
+    np.testing.assert_allclose(waveform[:, 0], np.linspace(-1, 1, 80), atol=2**-14)
+    assert sampling_rate == 16_000
     assert [event.step for event in train.Tensors("epoch/loss")] == [6, 12, 18]
     seen = [float(tf.make_ndarray(event.tensor_proto)) for event in validation.Tensors("epoch/loss")]
     np.testing.assert_allclose(seen, [epoch["val_loss"] for epoch in progress.history], rtol=1e-6)

@@ -208,6 +208,8 @@ def _is_silent(layer: keras.Layer) -> bool:
     """Whether nothing is lost with a layer, or others speak for it: those inside it, the loop around a cell."""
     if isinstance(layer, keras.layers.RNN | keras.layers.MultiHeadAttention | keras.layers.GroupQueryAttention):
         return False
+    if not layer.autocast:  # it chooses its dtypes by itself
+        return True
     return isinstance(layer, _NOTHING_TO_GAIN) or bool(precision.layers_by_path(layer)) or hasattr(layer, "state_size")
 
 

@@ -15,6 +15,9 @@ import tensorflow as tf
 from tfhalf import kernels
 from tfhalf.precision import at_least_float32
 
+# Who fills sequences up to multiples of this has few lengths.
+_MULTIPLE = 8
+
 
 def lstm(x, state, carry, kernel, recurrent_kernel, bias, mask=None):
     """Runs an LSTM with the activations tanh and sigmoid.
@@ -71,13 +74,17 @@ def _flat(x: tf.Tensor) -> tf.Tensor:
 
 
 def _compiled(loop, inputs: tf.Tensor):
-    """A loop as XLA's where the number of steps is known, or it would be compiled anew for each.
+    """A loop as XLA's where the number of steps is known, or a multiple of 8: it is compiled anew for each number.
 
     Not in eager mode: there a tape around us also records what is in the function, and can't differentiate its lists.
     """
-    if inputs.shape[0] is None or tf.executing_eagerly():
+    if tf.executing_eagerly():
         return loop
-    return {_forward: _forward_by_xla, _backward: _backward_by_xla}[loop]
+    by_xla = {_forward: _forward_by_xla, _backward: _backward_by_xla}[loop]
+    if inputs.shape[0] is not None:
+        return by_xla
+    few = tf.shape(inputs)[0] % _MULTIPLE == 0
+    return lambda *operands: tf.cond(few, lambda: by_xla(*operands), lambda: loop(*operands))
 
 
 def _forward(inputs, state, carry, recurrent_kernel, bias, taken):

@@ -116,10 +116,13 @@ def optimizer_state(optimizer: keras.optimizers.Optimizer) -> dict[str, float]:
 
 
 def write_shown(shown: dict[str, bytes | str]) -> None:
-    """Adds PNG pictures (bytes) and texts in Markdown (str), by tag, to the default summary writer at its step."""
+    """Adds PNG pictures and WAV sounds (bytes) and texts in Markdown (str), by tag, at the default writer's step."""
     for tag, value in shown.items():
         if isinstance(value, str):
             tf.summary.text(tag, value)
+        elif value.startswith(b"RIFF"):
+            waveform, sampling_rate = tf.audio.decode_wav(value)
+            tf.summary.audio(tag, waveform[tf.newaxis], sampling_rate)
         else:
             tf.summary.image(tag, tf.io.decode_png(value, channels=3)[tf.newaxis])
 

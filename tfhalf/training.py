@@ -107,7 +107,7 @@ def fit(
         config: plain JSON values that make this run what it is. A folder with another config is refused.
         keep: checkpoints that stay, at least 1.
         checkpoint_seconds: time between checkpoints within an epoch; there is one after each epoch anyway.
-        show: gives PNG pictures by tag, after each epoch, for TensorBoard.
+        show: gives what `shown` of `write_results` is, after each epoch, for TensorBoard.
         report: is called with each line that a person should read, in the chief only.
 
     Returns:
@@ -203,7 +203,7 @@ def write_results(
         progress: as `fit` returned it.
         config: as given to `fit`.
         results: JSON values, added to `metrics.json` as "results".
-        shown: PNG pictures (bytes) and texts in Markdown (str), by tag.
+        shown: PNG pictures and WAV sounds (bytes) and texts in Markdown (str), by tag.
         step: training steps taken in all.
     """
     folder = Path(workdir)

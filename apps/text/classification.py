@@ -18,7 +18,7 @@ import tensorflow as tf
 from absl import flags
 from sklearn import metrics
 
-from apps import figures, runner, sets
+from apps import figures, runner, scores, sets
 from apps.text import encoder, texts
 
 _DROPOUT = 0.4
@@ -86,33 +86,12 @@ def serve(model: keras.Model, data: runner.Data):
 def score(call: runner.Call, data: runner.Data) -> dict[str, float]:
     """Cross-entropy, accuracy and macro-averaged F1 over the test part."""
     probabilities, labels = predict(call, data.test)
-    likelihood = probabilities[np.arange(len(labels)), labels]
-    loss = float(np.mean(-np.log(np.maximum(likelihood, np.finfo(np.float32).tiny))))
-    return {"loss": loss} | count(labels, probabilities.argmax(axis=-1))
+    return scores.of_probabilities(labels, probabilities)
 
 
-def count(labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
-    """Returns accuracy, macro-averaged F1 of the classes that `labels` has, and the numbers behind them."""
-    correct = int(np.sum(predictions == labels))
-    return {
-        "accuracy": correct / len(labels),
-        "macro_f1": float(metrics.f1_score(labels, predictions, average="macro", labels=np.unique(labels))),
-        "correct": correct,
-        "total": len(labels),
-    }
-
-
-def describe(scores: dict[str, float]) -> str:
+def describe(counts: dict[str, float]) -> str:
     """The line that ends a run."""
-    return f"Test loss: {scores['loss']:.4f} | {in_words(scores)}"
-
-
-def in_words(counts: dict[str, float]) -> str:
-    """Returns what `count` returned as a part of a line."""
-    return (
-        f"Accuracy: {100 * counts['accuracy']:.2f}% ({counts['correct']:.0f}/{counts['total']:.0f}) | "
-        f"Macro-F1: {100 * counts['macro_f1']:.2f}%"
-    )
+    return f"Test loss: {counts['loss']:.4f} | {scores.in_words(counts)}"
 
 
 def show(model: keras.Model, data: runner.Data) -> dict[str, str]:
@@ -124,7 +103,7 @@ def show(model: keras.Model, data: runner.Data) -> dict[str, str]:
         (line, names[target.argmax()], f"{names[row.argmax()]} {row.max():.0%}")
         for line, target, row in zip(texts.shortened(lines), targets, probabilities, strict=True)
     )
-    return {"predictions": texts.to_table(["text", "is", "predicted"], rows)}
+    return {"predictions": figures.to_table(["text", "is", "predicted"], rows)}
 
 
 def conclude(call: runner.Call, data: runner.Data, folder: Path) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl import flags
 
-from apps import presets, runner, sets
+from apps import batches, presets, runner, sets
 from apps.text import pieces, texts
 from apps.text.wordpieces import WordPieces
 
@@ -145,13 +145,13 @@ def to_data(options, parts, encode_targets: Callable[[np.ndarray], np.ndarray], 
     """
     train, validation, test = parts
     reader = _make_reader(options, train[0])
-    lengths, batches = _batches(options, reader, train[0], encode_targets(train[1]))
-    order, steps = texts.training_order(options, lengths)
+    lengths, all_training = _batches(options, reader, train[0], encode_targets(train[1]))
+    order, steps = batches.training_order(options, lengths)
     validation_targets = encode_targets(validation[1])
     lengths, all_validation = _batches(options, reader, validation[0], validation_targets)
     test = texts.by_length(*test)
     return runner.Data(
-        train=lambda epoch: batches(order(epoch)),
+        train=lambda epoch: all_training(order(epoch)),
         steps_per_epoch=steps,
         validation=all_validation(np.argsort(lengths, kind="stable")),
         test=tf.data.Dataset.from_tensor_slices(({"text": test[0]}, test[1])).batch(options.batch_size),
@@ -168,7 +168,7 @@ def _batches(options, reader: "Reader", lines: np.ndarray, targets: np.ndarray):
     def make(rows):
         return texts.pad(tf.gather(token_ids, rows)), tf.gather(targets, rows)
 
-    return token_ids.row_lengths().numpy(), lambda order: texts.in_batches(order, make, options.batch_size)
+    return token_ids.row_lengths().numpy(), lambda order: batches.in_batches(order, make, options.batch_size)
 
 
 def _make_reader(options, lines: np.ndarray) -> Reader:

@@ -21,7 +21,7 @@ from absl import flags
 from matplotlib.figure import Figure
 from scipy import stats
 
-from apps import figures, runner, sets
+from apps import figures, runner, scores, sets
 from apps.text import classification, encoder, texts
 
 _DROPOUT = 0.5
@@ -131,7 +131,7 @@ def score(call: runner.Call, data: runner.Data) -> dict[str, float]:
 def compare(ratings: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
     """Returns how well signs are told (where a rating isn't 0), Pearson's r and mean absolute error."""
     signed = ratings != 0
-    return classification.count(ratings[signed] > 0, predictions[signed] > 0) | {
+    return scores.count(ratings[signed] > 0, predictions[signed] > 0) | {
         "pearson": float(stats.pearsonr(predictions, ratings).statistic),
         "mae": float(np.mean(np.abs(predictions - ratings))),
     }
@@ -144,16 +144,16 @@ def _rate(call: runner.Call, dataset: tf.data.Dataset) -> tuple[np.ndarray, np.n
     return seen, expected
 
 
-def describe(scores: dict[str, float]) -> str:
+def describe(counts: dict[str, float]) -> str:
     """The line that ends a run."""
-    return f"Test loss: {scores['loss']:.4f} | {in_words(scores)}"
+    return f"Test loss: {counts['loss']:.4f} | {in_words(counts)}"
 
 
-def in_words(scores: dict[str, float]) -> str:
-    """Returns what `compare` or `classification.count` returned as a part of a line."""
-    line = classification.in_words(scores)
-    if "pearson" in scores:
-        line += f" | Pearson's r: {scores['pearson']:.4f} | Mean absolute error: {scores['mae']:.3f}"
+def in_words(counts: dict[str, float]) -> str:
+    """Returns what `compare` or `scores.count` returned as a part of a line."""
+    line = scores.in_words(counts)
+    if "pearson" in counts:
+        line += f" | Pearson's r: {counts['pearson']:.4f} | Mean absolute error: {counts['mae']:.3f}"
     return line
 
 
@@ -166,7 +166,7 @@ def show(model: keras.Model, data: runner.Data) -> dict[str, str]:
     outputs = model(texts.pad(reader.encode(lines)), training=False).numpy()
     columns = (map("{:+.1f}".format, _MOST * shares[:, 0]) for shares in (targets, outputs))
     rows = zip(texts.shortened(lines), *columns, strict=True)
-    return {"predictions": texts.to_table(["text", "rating", "predicted"], rows)}
+    return {"predictions": figures.to_table(["text", "rating", "predicted"], rows)}
 
 
 def conclude(call: runner.Call, data: runner.Data, folder: Path) -> dict[str, bytes | str]:

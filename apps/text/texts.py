@@ -1,21 +1,18 @@
-"""What text tasks share: texts in memory, pieces learned from them, batches of similar length, tables for TensorBoard.
+"""What text tasks share: texts in memory, pieces learned from them, padding.
 
-Texts of a batch are filled up with PAD to one length, so those of similar length go together: each epoch draws the
-examples anew, sorts pools of them by length, and takes batches out of the pools in a random order. An epoch's batches
-are a pure function of seed and epoch, and their number is the same in each.
+Texts of a batch are filled up with PAD to one length (`apps.batches` puts those of similar length together).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from apps import runner, sets
+from apps import runner
 from apps.text import pieces
 
-_POOL = 50  # batches whose examples are sorted by length together
 _MULTIPLE = 8  # lengths of batches: few different ones
 _SHOWN_CHARACTERS = 200
 _VOCABULARY_TEXTS = 200_000  # learning pieces takes longer with each
@@ -55,47 +52,6 @@ def to_ragged(rows: Iterable[np.ndarray]) -> tf.RaggedTensor:
     return tf.RaggedTensor.from_row_lengths(values, [len(row) for row in rows])
 
 
-def training_order(options, lengths: np.ndarray) -> tuple[Callable[[int], np.ndarray], int]:
-    """Returns which examples make which batch, and the number of batches in an epoch.
-
-    Args:
-        options: the parsed flags `batch_size` and `seed`.
-        lengths: of each example, `[examples]`.
-
-    Returns:
-        Epoch (from 0) to int `[batches, batch_size]`, rows of examples; and the number of batches.
-
-    Raises:
-        AppError: there are fewer examples than a batch has.
-    """
-    num, size = len(lengths), options.batch_size
-    steps = num // size
-    if not steps:
-        raise runner.AppError(f"--batch_size={size} is more than the {num} training examples; lower it")
-
-    def order(epoch: int) -> np.ndarray:
-        random = np.random.default_rng(sets.epoch_seed(options.seed, epoch))
-        drawn = random.permutation(num)[: steps * size]
-        pools = np.split(drawn, range(_POOL * size, len(drawn), _POOL * size))
-        alike = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
-        return random.permutation(alike.reshape([steps, size]))
-
-    return order, steps
-
-
-def in_batches(order: np.ndarray, make: Callable[[tf.Tensor], tuple], batch_size: int) -> tf.data.Dataset:
-    """Returns batches.
-
-    Args:
-        order: rows of examples, int `[batches, batch_size]`; or in one dimension, then the last batch may be smaller.
-        make: rows, int `[batch_size]`, to a batch, in TensorFlow's operations.
-        batch_size: examples in a batch.
-    """
-    dataset = tf.data.Dataset.from_tensor_slices(order.ravel())
-    dataset = dataset.batch(batch_size, drop_remainder=order.ndim == 2)
-    return dataset.map(tf.autograph.experimental.do_not_convert(make), tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
-
-
 def pad(token_ids: tf.RaggedTensor) -> tf.Tensor:
     """Returns rows filled up with PAD to one length, a multiple of 8: int32 `[rows, length]`."""
     padded = token_ids.to_tensor(pieces.PAD)
@@ -106,13 +62,6 @@ def by_length(texts: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
     """Returns texts and what belongs to them, the shortest texts first, so that a batch needs little padding."""
     order = np.argsort([len(text) for text in texts], kind="stable")
     return tuple(array[order] for array in (texts, *others))
-
-
-def to_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a table in Markdown; what a text holds can't break it."""
-    lines = [header, ["---"] * len(header), *rows]
-    cells = ([" ".join(cell.split()).replace("|", "&#124;").replace("<", "&lt;") for cell in line] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def shortened(lines: Iterable[bytes]) -> list[str]:

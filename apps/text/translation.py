@@ -26,7 +26,7 @@ import tensorflow as tf
 from absl import flags
 from sacrebleu.metrics import BLEU, CHRF
 
-from apps import optimizers, runner, sets
+from apps import batches, figures, optimizers, runner, sets
 from apps.text import decoder, encoder, lexicon, pieces, search, texts
 
 _LONGEST = 128  # pieces of a text with END
@@ -147,7 +147,7 @@ def load_data(options) -> runner.Data:
     vocabularies = [texts.learn_pieces(options, side, lowercase=False) for side in train]
     sizes = [vocabulary.size for vocabulary in vocabularies]
     pairs, held_out = _encode(vocabularies, train, "training"), _encode(vocabularies, validation, "validation")
-    order, steps = texts.training_order(options, _lengths(pairs))
+    order, steps = batches.training_order(options, _lengths(pairs))
     # Similar lengths together, from the middle on: a bundle is compared with the model on the first ones.
     test = [np.roll(side, -len(side) // 2) for side in texts.by_length(*test)]
     shown = np.linspace(0, len(validation[0]) - 1, _SHOWN, dtype=int)
@@ -228,7 +228,7 @@ def _batches(pairs: list[tf.RaggedTensor], order: np.ndarray, batch_size: int) -
         )
         return {"source_ids": source_ids, "target_ids": target_ids}, next_ids
 
-    return texts.in_batches(order, make, batch_size)
+    return batches.in_batches(order, make, batch_size)
 
 
 def _texts(source: np.ndarray, references: np.ndarray) -> tf.data.Dataset:
@@ -322,7 +322,7 @@ def show(model: keras.Model, data: runner.Data) -> dict[str, str]:
     """Some validation texts, and what greedy search makes of them."""
     encode, find = serve(model, data)[0], decide(model, data)["_greedy"]
     call = tf.function(lambda text: find(encode(text)), autograph=False)
-    return {"translations": texts.to_table(_COLUMNS, _translations(call, data.shown))}
+    return {"translations": figures.to_table(_COLUMNS, _translations(call, data.shown))}
 
 
 def conclude(call: runner.Call, data: runner.Data, folder: Path) -> dict[str, str]:
@@ -330,7 +330,7 @@ def conclude(call: runner.Call, data: runner.Data, folder: Path) -> dict[str, st
     rows = _translations(call, data.test)
     rows = [rows[index] for index in np.linspace(0, len(rows) - 1, _SHOWN, dtype=int)]
     texts.write_examples((source.encode() for source, _, _ in rows), folder)
-    return {"test_translations": texts.to_table(_COLUMNS, rows)}
+    return {"test_translations": figures.to_table(_COLUMNS, rows)}
 
 
 # Main

@@ -26,6 +26,8 @@ MODULES = sorted(
 )
 # What makes a task's step small enough for a test; the rest is as users get it.
 SMALLER = {
+    "apps.audio.enhancement": ["--width=4", "--units=16", "--window_seconds=0.5"],
+    "apps.audio.recognition": ["--width=128", "--depth=1", "--beam_size=4"],
     "apps.image.detection": ["--image_size=64", "--width=8"],
     "apps.image.segmentation": ["--image_size=64", "--width=8"],
     "apps.text.classification": ["--width=32", "--depth=1", "--vocabulary_size=1000"],

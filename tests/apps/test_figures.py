@@ -1,6 +1,8 @@
-"""A confusion matrix as it is drawn, and PNGs that another decoder reads."""
+"""A confusion matrix as it is drawn, PNGs that another decoder reads, tables that TensorBoard itself renders."""
 
+import html
 import io
+import re
 import sys
 import warnings
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
+from tensorboard import plugin_util
 
 from apps import figures
 
@@ -78,3 +81,37 @@ def test_no_figure_is_kept():
     figures.to_png(figures.confusion_matrix(COUNTS, ["a", "b", "c"], "texts"))
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert (pyplot.get_fignums() if pyplot else []) == before
+
+
+# Tables
+
+HAZARDS = [
+    "plain", "a|b", "|", "a\\|b", "\\", "ends with \\", "a\nb", "a\r\n\r\n| b | c |\n", "<script>alert(1)</script>",
+    "<table>", "</td></tr></table>", "&lt;b&gt;", "***", "`", "a`b|c", "---|---", "# x", "", " ", "\x00\x1b[31m",
+    "ünï|côde 世界",    "[x](javascript:alert(1))", "<img src=x onerror=alert(1)>",
+]  # fmt: skip
+
+
+def cells_of(rendered: str) -> list[list[str]]:
+    """What a browser shows of the only table."""
+    assert len(re.findall("<table>", rendered)) == 1
+    (table,) = re.findall(r"^\s*<table>(.*)</table>\s*$", rendered, re.DOTALL)
+    rows = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
+    cells = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
+    return [[html.unescape(cell) for cell in row] for row in cells]
+
+
+@pytest.mark.parametrize("hazard", HAZARDS)
+def test_no_text_breaks_a_table(hazard):
+    rows = [[hazard, "is", "predicted"], ["the", "next", "row"], ["x", hazard, hazard]]
+    rendered = plugin_util.markdown_to_safe_html(figures.to_table(["text", "a", "b"], rows))
+    cells = cells_of(rendered)
+    assert [len(row) for row in cells] == [3, 3, 3, 3]
+    assert cells[0] == ["text", "a", "b"]
+    assert cells[1][1:] == ["is", "predicted"]
+    assert cells[2] == ["the", "next", "row"]
+    assert not re.search(r"<(script|img|table[^>])", rendered)
+    if hazard in ("plain", "a|b", "|", "a\\|b", "ends with \\", "<script>alert(1)</script>", "</td></tr></table>"):
+        assert cells[1][0] == cells[3][1] == cells[3][2] == hazard
+    if hazard == "a\nb":
+        assert cells[1][0] == "a b"

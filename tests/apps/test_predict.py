@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
 from apps import predict
@@ -486,3 +487,107 @@ def test_bad_texts_are_named_and_the_others_predicted(readers, tmp_path, capsys)
         answer(capsys, readers["graded"], "x", top_k=2)
     with pytest.raises(predict.PredictError, match=r"--output=x does nothing for .*, a bundle for machine_translation"):
         answer(capsys, readers["translation"], "x", output="x")
+
+
+# Sounds
+
+
+@pytest.fixture(scope="module")
+def listeners(tmp_path_factory) -> dict[str, Path]:
+    """Stand-ins that answer by a sound's number of samples, or with sound."""
+    import tensorflow as tf
+
+    heard = [tf.TensorSpec([None, None], tf.float32, name="waveform"), tf.TensorSpec([None], tf.int32, name="length")]
+
+    class Recogniser(tf.Module):
+        @tf.function(input_signature=heard, autograph=False)
+        def serve(self, waveform, length):
+            peak = tf.reduce_max(tf.abs(waveform), axis=1)
+            said = tf.strings.join([tf.strings.as_string(length), tf.strings.as_string(peak, precision=2)], " é ")
+            return {"text": said, "score": -peak}
+
+    class Spotter(tf.Module):
+        @tf.function(input_signature=heard, autograph=False)
+        def serve(self, waveform, length):
+            share = tf.reduce_max(waveform, axis=1)
+            return {"probabilities": tf.stack([1 - share, share], axis=1)}
+
+    class Enhancer(tf.Module):
+        @tf.function(input_signature=heard, autograph=False)
+        def serve(self, waveform, length):
+            return {"waveform": 4 * waveform[:, ::-1]}
+
+    folder = tmp_path_factory.mktemp("listeners")
+
+    def put(module, task, names=(), rate=8_000):
+        return publish(module, folder / task / "1", task, list(names), sampling_rate=rate)
+
+    return {
+        "recognition": put(Recogniser(), "speech_recognition"),
+        "keywords": put(Spotter(), "keyword_spotting", ["quiet", "loud"]),
+        "enhancement": put(Enhancer(), "speech_enhancement"),
+        "no rate": publish(Enhancer(), folder / "no rate" / "1", "speech_enhancement", []),
+    }
+
+
+def write_sound(path: Path, samples, rate: int = 8_000) -> Path:
+    soundfile.write(path, samples, rate)
+    return path
+
+
+def test_sounds_of_every_kind_are_heard_at_the_model_s_rate(listeners, tmp_path, capsys):
+    tone = 0.5 * np.sin(np.arange(8_000) / 3)
+    write_sound(tmp_path / "a.wav", tone)
+    write_sound(tmp_path / "b.FLAC", np.stack([tone, tone], axis=1))
+    write_sound(tmp_path / "c.ogg", np.zeros(16_000), rate=16_000)
+    (tmp_path / "notes.txt").write_text("no sound")
+    lines, errors = answer(capsys, listeners["recognition"], tmp_path, as_json=True)
+    answers = {Path(row.pop("file")).name: row for row in map(json.loads, lines)}
+    assert errors == []
+    transcripts = {name: row["transcript"] for name, row in answers.items()}
+    assert transcripts == {"a.wav": "8000 é 0.50", "b.FLAC": "8000 é 0.50", "c.ogg": "8000 é 0.00"}
+    assert answers["a.wav"]["score"] == pytest.approx(-0.5, abs=1e-4)
+    (line,), _ = answer(capsys, listeners["keywords"], write_sound(tmp_path / "a.wav", tone + 0.25), top_k=1)
+    assert line.endswith("a.wav: loud 75.0%")
+
+
+def test_bad_sounds_are_named_and_the_others_heard(listeners, tmp_path, capsys):
+    good = write_sound(tmp_path / "good.wav", np.full(10, 0.25))
+    (tmp_path / "empty.wav").write_bytes(b"")
+    (tmp_path / "cut.wav").write_bytes(good.read_bytes()[:50])
+    (tmp_path / "text.ogg").write_text("no sound")
+    paths = [tmp_path / name for name in ("empty.wav", "cut.wav", "text.ogg", "missing.flac")]
+    lines, errors = answer(capsys, listeners["recognition"], *paths, good, status=1)
+    assert lines == [f"{good}: 10 é 0.25"]
+    assert len(errors) == 4
+    assert all(str(path) in error for path, error in zip(paths, errors, strict=True))
+
+
+def test_answers_that_are_sound_are_written(listeners, tmp_path, capsys):
+    ramp = write_sound(tmp_path / "ramp.wav", np.linspace(0, 0.75, 4_000))
+    out = tmp_path / "out"
+    lines, _ = answer(capsys, listeners["enhancement"], ramp, output=out)
+    assert lines == [f"{ramp}: 0.50 s in {out}/ramp.wav"]
+    samples, rate = soundfile.read(out / "ramp.wav")
+    assert rate == 8_000
+    np.testing.assert_allclose(samples, np.clip(4 * np.linspace(0.75, 0, 4_000), -1, 1), atol=2**-12)
+    (line,), _ = answer(capsys, listeners["enhancement"], ramp, output=tmp_path / "one.WAV", as_json=True)
+    assert json.loads(line) == {"file": str(ramp), "seconds": 0.5, "output": f"{tmp_path}/one.WAV"}
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_where_sound_is_not_written(listeners, tmp_path, capsys):
+    ramp = write_sound(tmp_path / "ramp.wav", np.linspace(0, 0.75, 4_000))
+    before = ramp.read_bytes()
+    for kind, arguments, output, message in [
+        ("enhancement", [ramp], None, "--output is missing: .* answers with sound; name a folder"),
+        ("enhancement", [ramp], tmp_path, r"ramp.wav is a sound to predict; take another folder"),
+        ("enhancement", [ramp], tmp_path / "x.flac", r"sounds are written as WAV; name a folder or a file .wav"),
+        ("enhancement", [ramp, ramp], tmp_path / "x.wav", r"is one file for 2 sounds; name a folder"),
+        ("recognition", [ramp], tmp_path, r"--output=.* does nothing for .* speech_recognition"),
+    ]:
+        with pytest.raises(predict.PredictError, match=message):
+            answer(capsys, listeners[kind], *arguments, output=output)
+    assert ramp.read_bytes() == before
+    with pytest.raises(predict.PredictError, match="doesn't name the sampling rate; export the model again"):
+        answer(capsys, listeners["no rate"], ramp, output=tmp_path / "out")

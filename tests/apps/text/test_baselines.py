@@ -10,8 +10,8 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl import flags
 
-from apps import runner
-from apps.text import classification, lexicon, pieces, sentiment, translation
+from apps import runner, scores
+from apps.text import lexicon, pieces, sentiment, translation
 from benchmarks import decoding, phrase_table, text_baseline
 from tests.conftest import options_for, run_module
 from tfhalf import datasets
@@ -314,7 +314,7 @@ def test_linear_models_on_words_that_tell(folder, capsys):
 def test_scores_by_hand():
     labels, predictions = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 3])
     # F1 of 0 is 2/3, of 1 too, of 2 it is 0; nothing is 3.
-    line = classification.in_words(classification.count(labels, predictions))
+    line = scores.in_words(scores.count(labels, predictions))
     assert line == "Accuracy: 50.00% (2/4) | Macro-F1: 44.44%"
     line = sentiment.in_words(sentiment.compare(np.array([1.0, -2.0, 0.0]), np.array([0.5, 1.0, -1.5])))
     assert line.startswith("Accuracy: 50.00% (1/2) | Macro-F1: 33.33% | ")

@@ -1,0 +1,45 @@
+"""What counts of a text, which characters are learned, and labels there and back in a graph."""
+
+import pytest
+import tensorflow as tf
+
+from apps.audio import alphabet
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("No… Vidíš,  jsi\tVENKU -- 2!", "no vidíš jsi venku 2"),
+        ("je-li \N{EN DASH} a/b", "je li a b"),
+        ("don\N{RIGHT SINGLE QUOTATION MARK}t 't it's ' end", "don't 't it's end"),
+        ("e\u0301te\u0301", "été"),
+        ("ŽLUŤOUČKÝ", "žluťoučký"),
+        ("...", ""),
+        ("", ""),
+    ],
+)
+def test_normalize(text, expected):
+    assert alphabet.normalize(text) == expected
+    assert alphabet.normalize(expected) == expected
+
+
+def test_rare_characters_and_digits_are_left_out():
+    texts = ["abé" * 10, "7" * 50, "a w" * 9]
+    learned, left_out = alphabet.learn(texts)
+    assert learned.characters == [" ", "a", "b", "é"]
+    assert left_out == {"7": 50, "w": 9}
+    assert learned.encode("é wa7").tolist() == [4, 1, 2]
+
+
+def test_a_text_of_one_word_has_a_space_to_learn():
+    assert alphabet.learn(["aaaaaaaaaaaaa"])[0].characters == [" ", "a"]
+
+
+def test_decode_is_the_inverse_of_encode():
+    letters = alphabet.Alphabet([" ", "'", "a", "ž", "ů"])
+    texts = ["ůž a'a", "", "a"]
+    rows = tf.ragged.stack([letters.encode(text) for text in texts]).to_tensor()
+    decode = tf.function(letters.decode)
+    assert [text.decode() for text in decode(rows).numpy()] == texts
+    assert decode(tf.constant([[1, 3, 1, 1, 4, 1, 0]]))[0].numpy().decode() == "a ž"  # as if it was normalised
+    assert decode(tf.zeros([2, 0], tf.int32)).numpy().tolist() == [b"", b""]
