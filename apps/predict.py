@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
 import tensorflow as tf
 from absl import app, flags
 from PIL import Image
@@ -442,10 +441,7 @@ def _drawn(draw: Callable[[Image.Image, dict, dict, list], Image.Image]):
 
 
 def _as_wav(given: np.ndarray | str, outputs: dict, answer: dict, about: dict) -> bytes:
-    data = io.BytesIO()
-    waveform = np.clip(outputs["waveform"], -1, 1)
-    soundfile.write(data, waveform, about["sampling_rate"], format="WAV", subtype="PCM_16")
-    return data.getvalue()
+    return waveforms.to_wav(outputs["waveform"], about["sampling_rate"])
 
 
 _FILES = {"image": (_SUFFIXES, "picture"), "waveform": (_SOUND_SUFFIXES, "sound")}

@@ -17,8 +17,8 @@ import soxr
 import tensorflow as tf
 
 from apps import sets
+from apps.audio import clips
 
-_FULL_SCALE = 1 << 15
 # Seconds: batches have a multiple of 32 frames 10 ms apart; a clip has a frame more than it has strides.
 _MULTIPLE, _STRIDE = 0.32, 0.01
 
@@ -41,12 +41,12 @@ def at_random_speeds(order: Callable[[int], np.ndarray], seed: int, num_speeds: 
 
 
 def reader(
-    clips: Sequence[np.ndarray], sampling_rate: int, speeds: Sequence[float] = (1.0,)
+    sounds: Sequence[np.ndarray], sampling_rate: int, speeds: Sequence[float] = (1.0,)
 ) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
     """Returns a function from versions to waveforms.
 
     Args:
-        clips: int16 `[samples]` each.
+        sounds: int16 `[samples]` each.
         sampling_rate: samples a second.
         speeds: 2.0 is twice as fast and an octave higher; a clip at speed 1 stays bit by bit as it is.
 
@@ -58,7 +58,7 @@ def reader(
     multiple, stride = round(_MULTIPLE * sampling_rate), round(_STRIDE * sampling_rate)
 
     def read(versions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        played = [_play(clips[version // len(speeds)], speeds[version % len(speeds)]) for version in versions]
+        played = [_play(sounds[version // len(speeds)], speeds[version % len(speeds)]) for version in versions]
         lengths = np.array([len(clip) for clip in played], np.int32)
         samples = -(-(lengths.max() + stride) // multiple) * multiple - stride
         padded = np.zeros([len(played), samples], np.float32)
@@ -74,7 +74,7 @@ def reader(
 
 
 def _play(clip: np.ndarray, speed: float) -> np.ndarray:
-    waveform = clip.astype(np.float32) / _FULL_SCALE
+    waveform = clip.astype(np.float32) / clips.FULL_SCALE
     return waveform if speed == 1 else soxr.resample(waveform, speed, 1.0)
 
 

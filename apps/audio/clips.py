@@ -1,15 +1,13 @@
-"""What audio tasks share: clips in memory, batches of them, pictures of spectra, sounds for TensorBoard.
+"""What audio tasks share: clips in memory, batches of them, pictures of spectra.
 
 Clips are int16 in memory, 115 MB an hour at 16 kHz, and float32 from -1 to 1 in a batch, filled up with silence to one
 length.
 """
 
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import soxr
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -92,13 +90,6 @@ def pad(clips: tf.RaggedTensor, sampling_rate: int) -> tuple[tf.Tensor, tf.Tenso
 def cut(waveform: tf.Tensor, length: tf.Tensor) -> list[np.ndarray]:
     """Returns the rows of a batch as `pad` returns it, without what is behind each clip."""
     return [row[:own] for row, own in zip(waveform.numpy(), length.numpy(), strict=True)]
-
-
-def to_wav(waveform: np.ndarray, sampling_rate: int) -> bytes:
-    """Returns a waveform, float `[samples]` from -1 to 1, as a WAV of 16 bits."""
-    buffer = io.BytesIO()
-    soundfile.write(buffer, np.clip(waveform, -1, 1), sampling_rate, format="WAV", subtype="PCM_16")
-    return buffer.getvalue()
 
 
 def write_examples(clips: Iterable[np.ndarray], sampling_rate: int, folder: Path) -> None:

@@ -246,7 +246,7 @@ def show(model: keras.Model, data: runner.Data) -> dict[str, bytes | str]:
     ]
     shown: dict[str, bytes | str] = {"predictions": figures.to_table(["clip", "is", "predicted"], rows)}
     shown["spectrograms"] = figures.to_png(clips.spectrograms(titled, _SAMPLING_RATE))
-    return shown | {f"clip{number}": clips.to_wav(sound, _SAMPLING_RATE) for number, sound in enumerate(sounds, 1)}
+    return shown | {f"clip{number}": waveforms.to_wav(sound, _SAMPLING_RATE) for number, sound in enumerate(sounds, 1)}
 
 
 def conclude(call: runner.Call, data: runner.Data, folder: Path) -> dict[str, bytes | str]:
@@ -263,7 +263,7 @@ def conclude(call: runner.Call, data: runner.Data, folder: Path) -> dict[str, by
         "confusion_matrix": figures.to_png(figures.confusion_matrix(counts, names, "clips"))
     }
     some = list(sounds.items())[:_HEARD]
-    return shown | {f"test_{name}": clips.to_wav(sound, _SAMPLING_RATE) for name, sound in some}
+    return shown | {f"test_{name}": waveforms.to_wav(sound, _SAMPLING_RATE) for name, sound in some}
 
 
 # Main

@@ -29,7 +29,7 @@ import tensorflow as tf
 from absl import flags
 
 from apps import batches, figures, runner, sets
-from apps.audio import alphabet, augmentation, clips, convolutions, ctc, keywords, spectra
+from apps.audio import alphabet, augmentation, clips, convolutions, ctc, keywords, spectra, waveforms
 
 _SAMPLING_RATE = 16_000
 _NUM_MEL_BINS = 80
@@ -339,7 +339,7 @@ def show(model: keras.Model, data: runner.Data) -> dict[str, bytes | str]:
     for axes, own, durations in zip(figure.axes, labels.numpy(), aligned.durations.numpy(), strict=False):
         _draw_alignment(axes, [characters.characters[label - 1] for label in own if label], durations)
     shown["alignment"] = figures.to_png(figure)
-    return shown | {f"clip{number}": clips.to_wav(sound, _SAMPLING_RATE) for number, sound in enumerate(sounds, 1)}
+    return shown | {f"clip{number}": waveforms.to_wav(sound, _SAMPLING_RATE) for number, sound in enumerate(sounds, 1)}
 
 
 def _draw_alignment(axes, labels: list[str], durations: np.ndarray) -> None:
@@ -366,7 +366,7 @@ def conclude(call: runner.Call, data: runner.Data, folder: Path) -> dict[str, by
     titled = [(f"{reference} | {heard}", sound) for (reference, heard, _), sound in zip(rows, sounds, strict=True)]
     figure = clips.spectrograms(titled[:_HEARD], _SAMPLING_RATE)
     shown: dict[str, bytes | str] = {"test_transcripts": _table(rows), "test_clips": figures.to_png(figure)}
-    wavs = (clips.to_wav(sound, _SAMPLING_RATE) for sound in sounds[:_HEARD])
+    wavs = (waveforms.to_wav(sound, _SAMPLING_RATE) for sound in sounds[:_HEARD])
     return shown | {f"test_clip{number}": wav for number, wav in enumerate(wavs, 1)}
 
 

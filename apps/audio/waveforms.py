@@ -96,12 +96,11 @@ def write(path: str | os.PathLike, waveform: np.ndarray, sampling_rate: int) -> 
     if waveform.ndim != 1 or not np.isfinite(waveform).all():
         raise ValueError(f"{path}: a waveform is [samples] of finite numbers, not {waveform.dtype}{waveform.shape}")
     # In memory first: libsndfile's callbacks into Python lose the error of a full disk.
-    encoded = io.BytesIO()
-    soundfile.write(encoded, waveform, sampling_rate, format="WAV", subtype="PCM_16")
+    encoded = to_wav(waveform, sampling_rate)
     beside = path.with_name(f".{path.name}")
     try:
         with open(beside, "wb") as file:
-            file.write(encoded.getbuffer())
+            file.write(encoded)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
@@ -113,6 +112,13 @@ def write(path: str | os.PathLike, waveform: np.ndarray, sampling_rate: int) -> 
         os.fsync(descriptor)  # the rename itself
     finally:
         os.close(descriptor)
+
+
+def to_wav(waveform: np.ndarray, sampling_rate: int) -> bytes:
+    """Returns what `write` writes, of a waveform whose samples are finite."""
+    encoded = io.BytesIO()
+    soundfile.write(encoded, waveform, sampling_rate, format="WAV", subtype="PCM_16")
+    return encoded.getvalue()
 
 
 def _is_cut_off(file: soundfile.SoundFile, source: str | os.PathLike | bytes) -> bool:

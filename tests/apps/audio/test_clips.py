@@ -97,7 +97,7 @@ def test_padding():
 
 def test_wav_is_read_by_another_reader(tmp_path):
     wave = np.linspace(-1.2, 1.2, 4_000)
-    samples, rate = soundfile.read(io.BytesIO(clips.to_wav(wave, 8_000)))
+    samples, rate = soundfile.read(io.BytesIO(waveforms.to_wav(wave, 8_000)))
     assert rate == 8_000
     np.testing.assert_allclose(samples, np.clip(wave, -1, 1), atol=2**-14)
     clips.write_examples([wave, wave[:7]], 8_000, tmp_path)
