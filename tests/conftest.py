@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,18 +43,39 @@ def options_for(task, *arguments: str):
     return runner.options_of(values, names)
 
 
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory) -> str:
-    """TFDS's folder with the apps' real default sets, fetched by the program that users run."""
+def _needs_data(item: pytest.Item) -> bool:
+    return "data_dir" in getattr(item, "fixturenames", ())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that need data sets come last: the sets are fetched while the others run."""
+    waiting = {item.path for item in items if _needs_data(item)}
+    items.sort(key=lambda item: item.path in waiting)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fetching(request, tmp_path_factory) -> Iterator[Future | None]:
+    """The folder of the data sets, some time; nothing is fetched where no test needs it."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # one for all workers; the first one fetches, the others wait
         base = base.parent
-    folder = base / "data"
-    folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        _fetch(folder)
-    return str(folder)
+
+    def fetch() -> str:
+        folder = base / "data"
+        folder.mkdir(exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _fetch(folder)
+        return str(folder)
+
+    with ThreadPoolExecutor(1) as thread:
+        yield thread.submit(fetch) if any(map(_needs_data, request.session.items)) else None
+
+
+@pytest.fixture(scope="session")
+def data_dir(_fetching) -> str:
+    """TFDS's folder with the apps' real default sets, fetched by the program that users run."""
+    return _fetching.result()
 
 
 def _fetch(folder: Path) -> None:

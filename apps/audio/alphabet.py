@@ -45,6 +45,33 @@ class Alphabet(tf.Module):
         """Returns the labels of a normalised text, int32 `[labels]`, without characters that there aren't."""
         return np.array([self._labels[each] for each in text if each in self._labels], np.int32)
 
+    def tokenize(self, text: tf.Tensor) -> tf.RaggedTensor:
+        """Returns int32 `[batch, None]` of texts as people write them, string `[batch]`: normalised and encoded.
+
+        In plain TensorFlow operations, for serving. Of a letter and accents that are written one by one only those
+        that the alphabet has as one are put together.
+        """
+        text = tf.strings.lower(tf.strings.unicode_transcode(text, "UTF-8", "UTF-8"), "utf-8")
+        text = tf.strings.regex_replace(text, f"[{''.join(map(chr, _APOSTROPHES))}]", "'")
+        for character in self.characters:
+            if (apart := unicodedata.normalize("NFD", character)) != character:
+                text = tf.strings.regex_replace(text, apart, character)
+        text = tf.strings.regex_replace(text, r"[^\pL\pM\pN']", " ")
+        # An apostrophe beside a letter is set aside while the others go.
+        for pattern, replacement in (
+            (r"([\pL\pN])'", r"\1_"),
+            (r"'([\pL\pN])", r"_\1"),
+            ("'", " "),
+            ("_", "'"),
+            (" +", " "),
+        ):
+            text = tf.strings.regex_replace(text, pattern, replacement)
+        points = tf.strings.unicode_decode(tf.strings.strip(text), "UTF-8")
+        known = tf.constant([ord(character) for character in self.characters])
+        same = tf.cast(points.values[:, tf.newaxis] == known, tf.int32)
+        labels = tf.reduce_sum(same * (1 + tf.range(tf.size(known))), axis=1)
+        return tf.ragged.boolean_mask(points.with_values(labels), points.with_values(labels > 0))
+
     def decode(self, labels: tf.Tensor) -> tf.Tensor:
         """Returns normalised texts, string `[batch]`, of labels int32 `[batch, longest]`, 0 behind a text's last."""
         texts = tf.strings.reduce_join(tf.gather(["", *self.characters], labels), axis=1)

@@ -74,7 +74,7 @@ def reader(
 
 
 def _play(clip: np.ndarray, speed: float) -> np.ndarray:
-    waveform = clip.astype(np.float32) / clips.FULL_SCALE
+    waveform = clips.to_waveform(clip)
     return waveform if speed == 1 else soxr.resample(waveform, speed, 1.0)
 
 

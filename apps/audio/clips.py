@@ -68,6 +68,11 @@ def _at_rate(clip: np.ndarray, name: str, rate: int | None, sampling_rate: int) 
     return clip if rate == sampling_rate else soxr.resample(clip, rate, sampling_rate)
 
 
+def to_waveform(clip: np.ndarray) -> np.ndarray:
+    """Returns an int16 clip as float32 `[samples]` from -1 to 1."""
+    return clip.astype(np.float32) / FULL_SCALE
+
+
 def to_ragged(clips: Iterable[np.ndarray]) -> tf.RaggedTensor:
     """Returns clips as one ragged tensor, int16 `[clips, None]`, which batches are gathered from."""
     clips = list(clips)
@@ -117,3 +122,18 @@ def spectrograms(rows: Sequence[tuple[str, np.ndarray]], sampling_rate: int) -> 
         axes.title.set_fontsize(9)
     axes.set_xlabel("seconds")
     return figure
+
+
+def draw_labels(axes, labels: Sequence[str], ends: np.ndarray) -> None:
+    """Writes over a spectrogram what is said when.
+
+    Args:
+        axes: of a spectrogram.
+        labels: in order.
+        ends: seconds at which each ends; one that ends where it begins isn't drawn.
+    """
+    top = axes.get_ylim()[1]
+    for label, start, end in zip(labels, [0.0, *ends[:-1]], ends, strict=False):
+        if end > start:
+            axes.axvline(end, color="white", linewidth=0.3)
+            axes.text((start + end) / 2, 0.98 * top, label, color="white", fontsize=7, ha="center", va="top")

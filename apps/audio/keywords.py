@@ -14,9 +14,7 @@ value don't see. In training clips are played at other speeds, of pitch at very 
 
 Half precision: features, normalisation, the mean over frames, logits and loss are float32; convolutions are half.
 
-Source: Sainath and Parada 2015, "Convolutional neural networks for small-footprint keyword spotting", Interspeech;
-the autocorrelation of compressed spectra: Tolonen and Karjalainen 2000, "A computationally efficient multipitch
-analysis model", IEEE Transactions on Speech and Audio Processing 8(6).
+Source: Sainath and Parada 2015, "Convolutional neural networks for small-footprint keyword spotting", Interspeech.
 """
 
 import re
@@ -29,16 +27,13 @@ from absl import flags
 from sklearn import metrics
 
 from apps import batches, figures, runner, scores, sets
-from apps.audio import augmentation, clips, convolutions, spectra, waveforms
+from apps.audio import augmentation, clips, convolutions, pitch, spectra, waveforms
 
 _SAMPLING_RATE = 16_000
 _KERNEL, _STRIDES = (5, 5), ((1, 2), (2, 2), (2, 1), (1, 1))  # frames and bands; the last is that of all after it, too
 _DROPOUT = 0.3
 _LABEL_SMOOTHING = 0.05
 _WEIGHT_DECAY = 0.01
-# Of the correlogram: three periods of 60 Hz in a frame, in seconds; where voices have harmonics that are heard as one
-# pitch, in Hz; the exponent of magnitudes (2 is the plain autocorrelation); and what one of silence has. Not tuned.
-_WINDOW, _HIGHEST, _COMPRESSION, _FAINT = 0.05, 3000.0, 0.67, 1e-3
 _UNSAFE = r"[^\w-]"  # in the name of a file
 # Versions of each clip. Voices differ by more than an octave; words at speeds that people don't have are no help.
 _SPEEDS = {"log_mel": (0.9, 0.95, 1.0, 1.05, 1.1), "pitch": tuple(np.geomspace(0.75, 2.25, 11))}
@@ -65,74 +60,12 @@ def define_features(values: flags.FlagValues) -> None:
 # Model
 
 
-class Correlogram(keras.layers.Layer):
-    """How alike each frame is to itself a lag later, of waveforms of any length; it has no weights.
-
-    A voice is alike at its period and multiples of it. Lags are evenly spaced on a logarithmic scale. Spectra are
-    compressed first, so that one strong harmonic doesn't decide.
-
-    Args:
-        sampling_rate: samples a second.
-        min_freq: Hz whose period is the longest lag.
-        max_freq: Hz whose period is the shortest lag.
-        num_lags: 2 or more.
-
-    Source: Tolonen and Karjalainen 2000.
-    """
-
-    def __init__(
-        self,
-        sampling_rate: int = 16_000,
-        *,
-        min_freq: float = 60.0,
-        max_freq: float = 600.0,
-        num_lags: int = 96,
-        **settings,
-    ):
-        super().__init__(**{"dtype": "float32", "autocast": False} | settings)
-        self.framing = spectra.framing(sampling_rate, _WINDOW)
-        self._config = {"sampling_rate": sampling_rate, "min_freq": min_freq, "max_freq": max_freq,
-                        "num_lags": num_lags}  # fmt: skip
-        hertz = np.arange(self.framing.num_bins) * sampling_rate / self.framing.fft_length
-        hertz = hertz[hertz < _HIGHEST]
-        lags = 1 / np.geomspace(max_freq, min_freq, num_lags)
-        # The transform back to lags, at those that are wanted; frequencies but 0 and the last are there twice.
-        twice = np.where((hertz == 0) | (hertz == sampling_rate / 2), 1, 2)
-        self._cosines = (twice[:, np.newaxis] * np.cos(2 * np.pi * np.outer(hertz, lags))).astype("float32")
-        self._twice = twice.astype("float32")[:, np.newaxis]
-
-    def call(self, waveforms, lengths):
-        """Computes the features.
-
-        Args:
-            waveforms: float32 `[batch, samples]`, full scale from -1 to 1; what lies behind a clip's end is ignored.
-            lengths: samples of each clip, int32 `[batch]`.
-
-        Returns:
-            float32 `[batch, frames, num_lags]` from -1 to 1, 0 behind a clip's own frames.
-        """
-        waveforms = tf.where(tf.sequence_mask(lengths, tf.shape(waveforms)[1]), waveforms, 0.0)
-        magnitudes = tf.abs(spectra.stft(waveforms, self.framing)[:, :, : len(self._twice)])
-        powers = (magnitudes + _FAINT) ** _COMPRESSION
-        alike = tf.matmul(powers, self._cosines) / tf.matmul(powers, self._twice)
-        own = tf.sequence_mask(spectra.num_frames(lengths, self.framing), tf.shape(alike)[1])
-        return tf.where(own[:, :, tf.newaxis], alike, 0.0)
-
-    def compute_output_spec(self, waveforms, lengths):
-        """Returns the form of the result."""
-        return keras.KerasTensor([waveforms.shape[0], None, self._config["num_lags"]], "float32")
-
-    def get_config(self) -> dict:
-        """Returns the arguments."""
-        return super().get_config() | self._config
-
-
 def build_model(options, data: runner.Data) -> keras.Model:
     """Waveforms (float32) and their lengths (int32) to logits (float32)."""
     waveform = keras.Input([None], dtype="float32", name="waveform")
     length = keras.Input([], dtype="int32", name="length")
     if options.features == "pitch":
-        front = Correlogram(_SAMPLING_RATE, name="correlogram")
+        front = pitch.Correlogram(_SAMPLING_RATE, name="correlogram")
     else:
         front = spectra.LogMel(_SAMPLING_RATE, num_mel_bins=64, name="log_mel")
     counts = spectra.num_frames(length, front.framing)

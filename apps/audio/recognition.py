@@ -336,21 +336,12 @@ def show(model: keras.Model, data: runner.Data) -> dict[str, bytes | str]:
     figure = clips.spectrograms(
         [(text, sound) for (text, *_), sound in zip(rows, sounds, strict=False)], _SAMPLING_RATE
     )
+    seconds = 0.01 * np.prod([stride for stride, _ in _STRIDES])
     for axes, own, durations in zip(figure.axes, labels.numpy(), aligned.durations.numpy(), strict=False):
-        _draw_alignment(axes, [characters.characters[label - 1] for label in own if label], durations)
+        names = [characters.characters[label - 1] for label in own if label]
+        clips.draw_labels(axes, names, seconds * np.cumsum(durations[: len(names)]))
     shown["alignment"] = figures.to_png(figure)
     return shown | {f"clip{number}": waveforms.to_wav(sound, _SAMPLING_RATE) for number, sound in enumerate(sounds, 1)}
-
-
-def _draw_alignment(axes, labels: list[str], durations: np.ndarray) -> None:
-    """Writes over a spectrogram which label is said when; an impossible one has no durations."""
-    seconds = 0.01 * np.prod([stride for stride, _ in _STRIDES])
-    ends = seconds * np.cumsum(durations[: len(labels)])
-    top = axes.get_ylim()[1]
-    for label, start, end in zip(labels, [0.0, *ends[:-1]], ends, strict=False):
-        if end > start:
-            axes.axvline(end, color="white", linewidth=0.3)
-            axes.text((start + end) / 2, 0.98 * top, label, color="white", fontsize=7, ha="center", va="top")
 
 
 def _table(rows: list[tuple[str, str, float]]) -> str:

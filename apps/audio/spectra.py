@@ -206,7 +206,7 @@ class LogMel(keras.layers.Layer):
                 f"of num_mel_bins={num_mel_bins} bands from {min_freq} to {highest} Hz {np.sum(~bands.any(axis=0))} "
                 f"have no frequency of a transform of {self.framing.fft_length} samples; take fewer, or a longer window"
             )
-        self._bands = bands.astype("float32")
+        self._bands, self._to_bins = bands.astype("float32"), np.linalg.pinv(bands).astype("float32")
         self._floor = (_ROUNDING * window_power * bands.sum(axis=0)).astype("float32")
 
     def call(self, waveforms, lengths):
@@ -232,6 +232,19 @@ class LogMel(keras.layers.Layer):
         features = _centered(features, own, count)
         variance = tf.reduce_sum(features**2, axis=1, keepdims=True) / tf.cast(count, tf.float32)
         return features * tf.math.rsqrt(variance + _TINY)
+
+    def magnitudes(self, features):
+        """Returns about the spectra that features which aren't normalised were made of.
+
+        Of all powers whose bands have these sums it takes the ones with the least squares, and 0 for what is negative.
+
+        Args:
+            features: float32 `[batch, frames, num_mel_bins]`, made with `normalize=False`.
+
+        Returns:
+            float32 `[batch, frames, bins]`, for `griffin_lim`.
+        """
+        return tf.sqrt(tf.nn.relu(tf.matmul(tf.exp(features), self._to_bins)))
 
     def compute_output_spec(self, waveforms, lengths):
         """Returns the form of the result."""

@@ -1,4 +1,4 @@
-"""What every task must do: build, one step, export, run in a fresh process, parity.
+"""What every task must do: build, a few steps, the same without kernels, export, run in a fresh process, parity.
 
 In mixed_float16 by make test, in the other policies by make soak.
 Each `tests/apps/<kind>/test_contract.py` takes these tests over for the apps of its folder: so two workers share them.
@@ -86,21 +86,28 @@ def test_task_is_a_value_and_importing_defines_no_flag(module):
 
 @pytest.mark.slow
 @IN_POLICIES
-def test_one_step_then_a_bundle_that_agrees(module, policy, tmp_path, data_dir):
+def test_steps_with_and_without_kernels_then_a_bundle_that_agrees(module, policy, tmp_path, data_dir):
     task, data = importlib.import_module(module).TASK, data_of(module, data_dir)
     options = small_options(module, data_dir, f"--dtype_policy={policy}")
     model = runner.build(task, options, data)
     assert tfhalf.precision.compute_dtypes(model) == POLICIES[policy]
     assert {variable.dtype for variable in model.trainable_variables} == {"float32"}
     assert isinstance(model.optimizer, tfhalf.LossScaleOptimizer) is (policy == "mixed_float16")
-    batch = next(iter(data.train(0)))
-    if policy != "float32":
-        assert tfhalf.coverage(model, inputs=batch[0]).multiply_adds_in_half > 0.9
+    batches = list(data.train(0).take(3).as_numpy_iterator())
 
     before = [weight.numpy() for weight in model.trainable_variables]
-    assert np.isfinite(model.train_on_batch(*batch)[0])
+    losses = [float(model.train_on_batch(*batch)[0]) for batch in batches]
     changed = [np.any(old != new.numpy()) for old, new in zip(before, model.trainable_variables, strict=True)]
-    assert np.mean(changed) > 0.9, "one step leaves weights as they were"
+    assert np.mean(changed) > 0.9, "steps leave weights as they were"
+
+    if policy != "float32":
+        assert tfhalf.coverage(model, inputs=batches[0][0]).multiply_adds_in_half > 0.9
+    assert tfhalf.left_alone(model) == {}
+    assert any("call" in vars(layer) for layer in model.layers)
+    plain = runner.build(task, small_options(module, data_dir, f"--dtype_policy={policy}", "--noaccelerate"), data)
+    assert not any("call" in vars(layer) for layer in plain.layers)
+    as_keras = [float(plain.train_on_batch(*batch)[0]) for batch in batches]
+    np.testing.assert_allclose(losses, as_keras, rtol=1e-4 if policy == "float32" else 2e-2)
 
     serve, signature = task.serve(model, data)
     samples = runner._samples(data)
@@ -136,20 +143,6 @@ def test_one_step_then_a_bundle_that_agrees(module, policy, tmp_path, data_dir):
         decided = tfhalf.load_saved_model(tmp_path / "1", "serving_float32")(samples)
         for name, tensor in decide({name: tf.constant(array) for name, array in raw.items()}).items():
             np.testing.assert_array_equal(decided[name], tensor, err_msg=name)
-
-
-@IN_POLICIES
-def test_kernels_change_nothing_but_speed(module, policy, data_dir):
-    task, data = importlib.import_module(module).TASK, data_of(module, data_dir)
-    losses = {}
-    for accelerate in (True, False):
-        options = small_options(module, data_dir, f"--dtype_policy={policy}", f"--accelerate={accelerate}")
-        model = runner.build(task, options, data)
-        assert any("call" in vars(layer) for layer in model.layers) is accelerate
-        assert tfhalf.left_alone(model) == {}
-        batches = data.train(0).take(3).as_numpy_iterator()
-        losses[accelerate] = [float(model.train_on_batch(*batch)[0]) for batch in batches]
-    np.testing.assert_allclose(losses[True], losses[False], rtol=1e-4 if policy == "float32" else 2e-2)
 
 
 def test_training_data_is_a_pure_function_of_seed_and_epoch(module, data_dir):

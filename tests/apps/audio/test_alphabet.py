@@ -1,7 +1,11 @@
 """What counts of a text, which characters are learned, and labels there and back in a graph."""
 
+import unicodedata
+
 import pytest
 import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from apps.audio import alphabet
 
@@ -43,3 +47,23 @@ def test_decode_is_the_inverse_of_encode():
     assert [text.decode() for text in decode(rows).numpy()] == texts
     assert decode(tf.constant([[1, 3, 1, 1, 4, 1, 0]]))[0].numpy().decode() == "a ž"  # as if it was normalised
     assert decode(tf.zeros([2, 0], tf.int32)).numpy().tolist() == [b"", b""]
+
+
+LETTERS = alphabet.Alphabet([" ", "'", "a", "e", "é", "ž", "ů"])
+_TOKENIZE = tf.function(
+    lambda text: LETTERS.tokenize(text), autograph=False, input_signature=[tf.TensorSpec([None], tf.string)]
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.text(alphabet="aeéžůAEÉŽŮx59_-.,!?'\N{RIGHT SINGLE QUOTATION MARK}` \t\n\N{EM DASH}"))
+def test_a_graph_tokenizes_as_texts_are_normalised_and_encoded(text):
+    for form in ("NFC", "NFD"):
+        given_text = unicodedata.normalize(form, text)
+        expected = LETTERS.encode(alphabet.normalize(given_text)).tolist()
+        assert _TOKENIZE([given_text.encode()])[0].numpy().tolist() == expected, form
+
+
+def test_odd_texts_are_tokenized():
+    rows = _TOKENIZE([b"", b"\xff\xfea", "漢字 a".encode(), b"\x00"]).to_list()
+    assert rows == [[], [3], [1, 3], []]

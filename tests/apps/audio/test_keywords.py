@@ -1,4 +1,4 @@
-"""The correlogram against numpy's autocorrelation, tones told in another voice, clips beside each other, refusals."""
+"""Tones told in another voice, clips beside each other, refusals."""
 
 import keras
 import numpy as np
@@ -74,39 +74,6 @@ def learned(folder):
     for epoch in range(settings.epochs):
         model.fit(data.train(epoch), verbose=0)
     return model, data
-
-
-# Features
-
-
-def test_correlogram_is_numpys_autocorrelation():
-    random = np.random.default_rng(0)
-    layer = keywords.Correlogram(RATE, num_lags=30)
-    clips = [sing(0.0, 130, random) / 2**15, sing(1.0, 210, random)[:3000] / 2**15]
-    lengths = np.array([len(clip) for clip in clips], "int32")
-    waveform = random.normal(size=[2, 7000]).astype("float32")  # behind them is noise, which doesn't count
-    for row, clip in zip(waveform, clips, strict=True):
-        row[: len(clip)] = clip
-    seen = layer(waveform, lengths).numpy()
-    lags = RATE / np.geomspace(600, 60, 30)
-    for row, clip in zip(seen, clips, strict=True):
-        padded = np.pad(clip, [400, 8000])
-        for frame in range(-(-len(clip) // 160) + 1):
-            window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(800) / 800)
-            spectrum = np.abs(np.fft.rfft(padded[160 * frame :][:800] * window, 1024))
-            compressed = (spectrum + 1e-3) ** 0.67 * (np.arange(513) * RATE / 1024 < 3000)
-            alike = np.fft.irfft(compressed, 1024 * 64)  # between whole lags too
-            expected = np.interp(lags * 64, np.arange(1024 * 32), alike[: 1024 * 32]) / alike[0]
-            np.testing.assert_allclose(row[frame], expected, atol=2e-3, err_msg=f"{frame}")
-        assert not row[frame + 1 :].any()
-
-
-def test_a_voices_pitch_is_where_it_is_most_alike():
-    for hertz in (90, 160, 290, 480):
-        sound = sing(0.0, hertz, np.random.default_rng(1))[np.newaxis].astype("float32") / 2**15
-        alike = keywords.Correlogram(RATE)(sound, np.array([sound.shape[1]]))[0].numpy()
-        pitches = np.geomspace(600, 60, 96)[alike[5:-5].argmax(axis=1)]
-        assert np.median(pitches) == pytest.approx(hertz, rel=0.03)
 
 
 # Learned, and served

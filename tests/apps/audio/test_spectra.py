@@ -339,3 +339,20 @@ def test_an_exported_graph_answers_the_same(tmp_path):
         assert np.isfinite(answer["invented"]).all()
     nobody = served(waveforms=tf.zeros([0, 100]), lengths=tf.zeros([0], tf.int32))
     assert nobody["features"].shape == (0, 2, 80)
+
+
+def test_features_lead_back_to_magnitudes_with_these_features():
+    layer = spectra.LogMel(RATE, window=0.04, normalize=False)
+    random = np.random.default_rng(0)
+    sound = np.cumsum(random.normal(size=[2, 8000]), axis=1).astype("float32") * 1e-3
+    lengths = np.array([8000, 5000], "int32")
+    features = layer(sound, lengths)
+    magnitudes = layer.magnitudes(features)
+    assert magnitudes.shape == [2, features.shape[1], layer.framing.num_bins]
+    assert np.all(magnitudes.numpy() >= 0)
+    waveforms = spectra.griffin_lim(magnitudes, lengths, layer.framing)
+    again = layer(waveforms, lengths).numpy()
+    own = np.arange(features.shape[1]) < 1 + 5000 // layer.framing.sequence_stride
+    difference = np.abs(again - features.numpy())
+    assert np.median(difference[0]) < 0.5  # of natural logarithms of power, 2 dB
+    assert np.median(difference[1, own]) < 0.5
