@@ -8,12 +8,13 @@
     python -m apps.predict --saved_model=saved_models/machine_translation_bible_en_es "In the beginning"
     python -m apps.predict --saved_model=saved_models/speech_recognition_fillets_cs speech.ogg folder/
     python -m apps.predict --saved_model=saved_models/speech_enhancement_fillets_noisy --output=clean/ noisy.wav
+    python -m apps.predict --saved_model=saved_models/speech_synthesis_fillets_cs --output=hello.wav "Dobrý den"
 
 The manifest says which task a bundle is for: classification prints the likeliest classes, object_detection the boxes,
 semantic_segmentation each class' share of the pixels, sentiment what the text is or its rating, machine_translation the
 translation, speech_recognition what is said, keyword_spotting which word. `--output` draws boxes or masks over the
-pictures; speech_enhancement writes its sound there. A text is an argument that is no file or folder, or what a file
-holds, as a whole; of a folder all .txt files. A sound is a file of any rate, in mono or not.
+pictures; speech_enhancement and speech_synthesis write their sound there. A text is an argument that is no file or
+folder, or what a file holds, as a whole; of a folder all .txt files. A sound is a file of any rate, in mono or not.
 
 It imports neither Keras nor tfhalf, so what it prints is what any server would answer. Every file's sha256 is checked
 against the manifest before anything is loaded. What can't be read or predicted gets an error line and exit status 1;
@@ -111,7 +112,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float("min_score", None, "Detection: boxes with a lower score, 0 to 1, are neither printed nor drawn; "
                        f"{_MIN_SCORE} if not given.", lower_bound=0, upper_bound=1, flag_values=values)  # fmt: skip
     flags.DEFINE_string("output", None, "Where to draw boxes or masks over the pictures (detection, segmentation), or "
-                        "to write sounds (enhancement): a folder, made if missing; for one picture or sound "
+                        "to write sounds (enhancement, synthesis): a folder, made if missing; for one alone "
                         "also a file that ends in .png or .wav.",
                         flag_values=values)  # fmt: skip
     flags.DEFINE_bool("json", False, "Print one JSON object a line instead of text.", flag_values=values)
@@ -198,7 +199,7 @@ def _signature(folder: Path, signatures, name: str, task: Task):
 
 
 def _run(function, input_name: str, what: str, given: np.ndarray | str, about: dict) -> dict[str, np.ndarray]:
-    """The outputs for one input, without the rows that only fill up `boxes`, `scores` and `class_ids`."""
+    """The outputs for one input, without what only fills up `boxes`, `scores` and `class_ids`, or `waveform`."""
     inputs = {input_name: tf.constant(given)[tf.newaxis]}
     if input_name == "waveform":
         inputs["length"] = tf.constant([len(given)])
@@ -209,6 +210,8 @@ def _run(function, input_name: str, what: str, given: np.ndarray | str, about: d
     if "count" in outputs:
         count = outputs.pop("count")
         outputs = {name: value[:count] for name, value in outputs.items()}
+    if "length" in outputs:
+        outputs["waveform"] = outputs["waveform"][: outputs.pop("length")]
     names = about.get("class_names", [])
     for name, value in outputs.items():
         if not isinstance(value, bytes) and not np.isfinite(value).all():
@@ -315,7 +318,8 @@ def _targets(output: str | None, items: list[Item], task: Task) -> list[Path | N
     if output is None:
         return [None] * len(items)
     folder, kind = Path(output), "pictures" if task.suffix == ".png" else "sounds"
-    targets: list[Path | None] = [folder / f"{item.file.stem}{task.suffix}" for item in items]
+    stems = (item.file.stem if item.file else f"text{number}" for number, item in enumerate(items, 1))
+    targets: list[Path | None] = [folder / f"{stem}{task.suffix}" for stem in stems]
     if folder.suffix.lower() in (*_SUFFIXES, *_SOUND_SUFFIXES) and not folder.is_dir():
         if folder.suffix.lower() != task.suffix:
             how = "drawn as PNG" if kind == "pictures" else "written as WAV"
@@ -323,7 +327,7 @@ def _targets(output: str | None, items: list[Item], task: Task) -> list[Path | N
         if len(items) > 1:
             raise PredictError(f"--output={output} is one file for {len(items)} {kind}; name a folder")
         targets, folder = [folder], folder.parent
-    drawn, given = {}, {item.file.resolve() for item in items}
+    drawn, given = {}, {item.file.resolve() for item in items if item.file}
     for item, target in zip(items, targets, strict=True):
         if target in drawn:
             made = "drawn" if kind == "pictures" else "written"
@@ -453,6 +457,7 @@ _READERS = {
 _CLASSIFIED = (("probabilities",), ("top_k",), _classify, _classes_as_text)
 _DETECTED = (("boxes", "scores", "class_ids", "count"), ("min_score", "output"), _detect, _boxes_as_text)
 _SEGMENTED = (("class_map", "probabilities"), ("output",), _segment, _shares_as_text)
+_SOUND = (("output",), _sound, _sound_as_text, _as_wav, ".wav")
 _TASKS = {
     "image_classification": Task("image", *_CLASSIFIED),
     "object_detection": Task("image", *_DETECTED, _drawn(drawing.draw_boxes)),
@@ -463,7 +468,8 @@ _TASKS = {
     "machine_translation": Task("text", ("translation", "score"), (), _translate, lambda answer: answer["translation"]),
     "speech_recognition": Task("waveform", ("text", "score"), (), _transcribe, lambda answer: answer["transcript"]),
     "keyword_spotting": Task("waveform", *_CLASSIFIED),
-    "speech_enhancement": Task("waveform", ("waveform",), ("output",), _sound, _sound_as_text, _as_wav, ".wav"),
+    "speech_synthesis": Task("text", ("waveform", "length"), *_SOUND),
+    "speech_enhancement": Task("waveform", ("waveform",), *_SOUND),
 }
 
 

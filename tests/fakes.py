@@ -144,3 +144,33 @@ def write_dialogues(folder: Path, place: str, language: str, script: str | bytes
         hertz = 200 + zlib.crc32(f"{place}{name}".encode()) % 2000
         tone = 0.5 * np.sin(2 * np.pi * hertz * np.arange(5512) / 22050)
         write_sound(sound_folder / f"{name}.ogg", np.stack([tone, tone], axis=1), 22050)
+
+
+def export_recogniser(folder: Path, characters: list[str]):
+    """Exports a small recogniser that wasn't trained, of speech at 16 kHz; returns its model and data."""
+    import keras
+
+    import tfhalf
+    from apps import runner
+    from apps.audio import alphabet, recognition
+    from tests.conftest import options_for
+
+    options = options_for(recognition.TASK, "--width=8", "--depth=1", "--dtype_policy=mixed_float16")
+    about = {"sampling_rate": 16_000, "characters": characters, "beam_size": 2}
+    data = runner.Data(None, 1, None, None, about, resources=(alphabet.Alphabet(characters),))
+    keras.utils.set_random_seed(3)
+    with options.plan.scope():
+        model = recognition.build_model(options, data)
+    serve, signature = recognition.serve(model, data)
+    sounds = np.random.default_rng(0).normal(scale=0.1, size=[2, 8000]).astype("float32")
+    tfhalf.export_saved_model(
+        model,
+        folder,
+        inputs={"waveform": sounds, "length": np.array([8000, 5000], "int32")},
+        serve=serve,
+        input_signature=signature,
+        decide=recognition.decide(model, data),
+        resources=data.resources,
+        metadata={"task": "speech_recognition", "about": about},
+    )
+    return model, data

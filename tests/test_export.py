@@ -289,17 +289,22 @@ def test_several_decisions_are_served_by_their_names(tmp_path):
     def name(raw):
         return {"name": tf.where(raw["dense"][:, 0] > 1, "above one", "one")}
 
-    decide = {"": name, "_half": lambda raw: {"half": raw["dense"] / 2}}
+    def sound(raw):
+        return {"sound": tf.ones([tf.shape(raw["dense"])[0], tf.where(raw["dense"][0, 0] > 1, 5, 3)])}
+
+    decide = {"": name, "_half": lambda raw: {"half": raw["dense"] / 2}, "_sound": sound}
     manifest = tfhalf.export_saved_model(
         model, tmp_path / "1", inputs=inputs, serve=serve, input_signature=signature, decide=decide
     )
     bases = ("serving_default", "serving_float32")
-    assert manifest.signatures.keys() == {base + added for base in bases for added in ("", "_half", "_raw")}
+    assert manifest.signatures.keys() == {base + added for base in bases for added in ("", "_half", "_sound", "_raw")}
     for base in bases:
         tolerances = [manifest.signatures[base + added]["tolerance"] for added in ("", "_half", "_raw")]
         assert tolerances == [None, None, export.TOLERANCES["float16"]]
         assert tfhalf.load_saved_model(tmp_path / "1", base)(inputs)["name"].tolist() == [b"one"] * 2
         assert tfhalf.load_saved_model(tmp_path / "1", f"{base}_half")(inputs)["half"].tolist() == [[0.5]] * 2
+        assert tfhalf.load_saved_model(tmp_path / "1", f"{base}_sound")(inputs)["sound"].shape == (2, 3)
+        assert manifest.signatures[f"{base}_sound"]["max_error"] == {"sound": 1.0}  # the model in float32 has 5
     assert tfhalf.verify(tmp_path / "1") == manifest
 
 

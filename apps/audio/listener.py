@@ -34,12 +34,12 @@ class Listener:
         try:
             manifest = tfhalf.Manifest.read(self.folder)
             if manifest.metadata.get("task") != "speech_recognition":
-                raise runner.AppError(f"{self.folder} is a bundle for {manifest.metadata.get('task')!r}")
+                raise runner.AppError(f"--recogniser: {folder} is for {manifest.metadata.get('task')!r}")
             self._transcribe, self._listen = (
                 tfhalf.load_saved_model(self.folder, name) for name in (_SIGNATURE, f"{_SIGNATURE}_raw")
             )
         except tfhalf.ExportError as error:
-            raise runner.AppError(str(error)) from error
+            raise runner.AppError(f"--recogniser: {folder} is no bundle that can be used: {error}") from error
         self.alphabet = alphabet.Alphabet(manifest.metadata["about"]["characters"])
         self.sampling_rate = manifest.metadata["about"]["sampling_rate"]
         self._align = tf.function(ctc.align, autograph=False, reduce_retracing=True)
@@ -81,7 +81,8 @@ class Listener:
     def _batches(self, sounds: Sequence[np.ndarray]):
         """Rows of clips of similar length, and what the bundle takes."""
         order = np.argsort([len(sound) for sound in sounds], kind="stable")
-        for rows in np.array_split(order, range(_BATCH, len(order), _BATCH)):
+        for start in range(0, len(order), _BATCH):
+            rows = order[start : start + _BATCH]
             lengths = np.array([len(sounds[row]) for row in rows], np.int32)
             waveforms = np.zeros([len(rows), lengths.max()], np.float32)
             for index, row in enumerate(rows):

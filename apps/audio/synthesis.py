@@ -52,9 +52,7 @@ def define_flags(values: flags.FlagValues) -> None:
     here = {"flag_values": values}
     speaker_help = "Whose voice, of a data set with speakers. Default: the one with most clips."
     flags.DEFINE_string("speaker", None, speaker_help, **here)
-    recogniser_help = (
-        "Bundle of apps.audio.recognition for the language. Default: saved_models/speech_recognition_<data set>."
-    )
+    recogniser_help = "Bundle of apps.audio.recognition. Default: speech_recognition_<data set> in --saved_model_dir."
     flags.DEFINE_string("recogniser", None, recogniser_help, **here)
     flags.DEFINE_integer("width", 128, "Numbers that stand for a character or frame, 16 to 1024.", 16, 1024, **here)
     flags.DEFINE_integer("depth", 3, "Blocks of the encoder, and of the decoder, 1 to 12.", 1, 12, **here)
@@ -70,8 +68,6 @@ def front() -> spectra.LogMel:
 
 def build_model(options, data: runner.Data) -> keras.Model:
     """FastSpeech 2, with the true durations, pitch and loudness as inputs."""
-    if options.width % 2:
-        raise runner.AppError(f"--width={options.width} must be even: it is shared by two heads")
     return fastspeech.build_model(len(data.about["characters"]), _NUM_MEL_BINS, options.width, options.depth)
 
 
@@ -154,16 +150,16 @@ def load_data(options) -> SpokenData:
     sets.require_features(options, "speech synthesis", {speech: "Audio", text: "Text"})
     if options.speaker is not None and "speaker" not in features:
         raise runner.AppError(f"--speaker={options.speaker}: {options.dataset} has no speakers; leave it out")
-    listener = Listener(
-        options.recogniser or Path(options.saved_model_dir, f"speech_recognition_{options.dataset.replace('/', '_')}")
-    )
+    if options.width % 2:
+        raise runner.AppError(f"--width={options.width} must be even: it is shared by two heads")
+    listener = _find_listener(options)
     builder = sets.prepare(options)
     names = [speech, text, *(["speaker"] if "speaker" in features else [])]
     read = [clips.read(builder, split, names, _SAMPLING_RATE) for split in sets.split_names(builder)]
     speaker = _choose_speaker(options, features, read[0])
     if speaker is not None:
         index = features["speaker"].names.index(speaker)
-        read = [_of_speaker(part, index, name) for part, name in zip(read, _PARTS, strict=True)]
+        read = [_of_speaker(part, index, speaker, name) for part, name in zip(read, _PARTS, strict=True)]
     examples = [
         _examples(listener, sounds, texts, name) for (sounds, texts, *_), name in zip(read[:2], _PARTS, strict=False)
     ]
@@ -191,6 +187,19 @@ def load_data(options) -> SpokenData:
     )
 
 
+def _find_listener(options) -> Listener:
+    """The recogniser that `--recogniser` names, or the one that is published beside."""
+    if options.recogniser is not None:
+        return Listener(options.recogniser)
+    folder = Path(options.saved_model_dir, f"speech_recognition_{options.dataset.replace('/', '_')}")
+    if not folder.exists():
+        raise runner.AppError(
+            f"--recogniser is missing, and there is no {folder}: first run python -m apps.audio.recognition "
+            f"--dataset={options.dataset}"
+        )
+    return Listener(folder)
+
+
 def _choose_speaker(options, features, train: list) -> str | None:
     """The speaker to learn, of a set that has some.
 
@@ -205,11 +214,11 @@ def _choose_speaker(options, features, train: list) -> str | None:
     return options.speaker or names[np.bincount(train[2]).argmax()]
 
 
-def _of_speaker(part: list, speaker: int, name: str) -> list:
+def _of_speaker(part: list, index: int, speaker: str, name: str) -> list:
     sounds, texts, speakers = part
-    (chosen,) = np.nonzero(speakers == speaker)
+    (chosen,) = np.nonzero(speakers == index)
     if not len(chosen):
-        raise runner.AppError(f"the {name} part has no clip of this speaker; choose another --speaker")
+        raise runner.AppError(f"the {name} part has no clip of {speaker}; choose another --speaker")
     return [[sounds[row] for row in chosen], texts[chosen]]
 
 

@@ -28,12 +28,14 @@ MODULES = sorted(
 SMALLER = {
     "apps.audio.enhancement": ["--width=4", "--units=16", "--window_seconds=0.5"],
     "apps.audio.recognition": ["--width=128", "--depth=1", "--beam_size=4"],
+    "apps.audio.synthesis": ["--width=32", "--depth=1"],
     "apps.image.detection": ["--image_size=64", "--width=8"],
     "apps.image.segmentation": ["--image_size=64", "--width=8"],
     "apps.text.classification": ["--width=32", "--depth=1", "--vocabulary_size=1000"],
     "apps.text.sentiment": ["--width=32", "--depth=1", "--vocabulary_size=1000"],
     "apps.text.translation": ["--width=32", "--depth=1", "--vocabulary_size=1000"],
 }
+_FEW = 300
 POLICIES = {"float32": {"float32"}, "mixed_float16": {"float16", "float32"}, "mixed_bfloat16": {"bfloat16", "float32"}}
 # The two others take twice as long again, and test_runner.py trains one app in them.
 IN_POLICIES = pytest.mark.parametrize(
@@ -56,12 +58,14 @@ def small_options(module: str, data_dir: str, *arguments: str):
 
 @pytest.fixture(autouse=True)
 def _few_examples(monkeypatch):
-    """A thousand of each part: reading, learning pieces and counting words of all would be most of the time."""
+    """Some of each part: reading, learning pieces and counting words of all would be most of the time."""
     all_of = sets.split_names
 
     def few(builder):
         names, parts = all_of(builder), builder.info.splits
-        return tuple(f"{name}[:1000]" if name in parts and parts[name].num_examples > 1000 else name for name in names)
+        return tuple(
+            f"{name}[:{_FEW}]" if name in parts and parts[name].num_examples > _FEW else name for name in names
+        )
 
     monkeypatch.setattr(sets, "split_names", few)
 

@@ -517,6 +517,12 @@ def listeners(tmp_path_factory) -> dict[str, Path]:
         def serve(self, waveform, length):
             return {"waveform": 4 * waveform[:, ::-1]}
 
+    class Speaker(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="text")], autograph=False)
+        def serve(self, text):
+            length = 100 * tf.strings.length(text)
+            return {"waveform": 0.5 * tf.ones([tf.size(text), 16_000]), "length": length}
+
     folder = tmp_path_factory.mktemp("listeners")
 
     def put(module, task, names=(), rate=8_000):
@@ -526,6 +532,7 @@ def listeners(tmp_path_factory) -> dict[str, Path]:
         "recognition": put(Recogniser(), "speech_recognition"),
         "keywords": put(Spotter(), "keyword_spotting", ["quiet", "loud"]),
         "enhancement": put(Enhancer(), "speech_enhancement"),
+        "synthesis": put(Speaker(), "speech_synthesis"),
         "no rate": publish(Enhancer(), folder / "no rate" / "1", "speech_enhancement", []),
     }
 
@@ -574,6 +581,28 @@ def test_answers_that_are_sound_are_written(listeners, tmp_path, capsys):
     (line,), _ = answer(capsys, listeners["enhancement"], ramp, output=tmp_path / "one.WAV", as_json=True)
     assert json.loads(line) == {"file": str(ramp), "seconds": 0.5, "output": f"{tmp_path}/one.WAV"}
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_texts_are_spoken_into_files(listeners, tmp_path, capsys):
+    (tmp_path / "letter.txt").write_text("eight...")
+    out = tmp_path / "out"
+    lines, _ = answer(capsys, listeners["synthesis"], "one two", tmp_path / "letter.txt", "", output=out)
+    assert lines == [
+        f'"one two": 0.09 s in {out}/text1.wav',
+        f"{tmp_path}/letter.txt: 0.10 s in {out}/letter.wav",
+        f'"": 0.00 s in {out}/text3.wav',
+    ]
+    for name, length in (("text1", 700), ("letter", 800), ("text3", 0)):
+        samples, rate = soundfile.read(out / f"{name}.wav")
+        assert (len(samples), rate) == (length, 8_000)
+    (line,), _ = answer(capsys, listeners["synthesis"], "ab", output=tmp_path / "one.wav", as_json=True)
+    assert json.loads(line) == {"text": "ab", "seconds": 0.025, "output": f"{tmp_path}/one.wav"}
+    for arguments, output, message in [
+        (["a", "b"], tmp_path / "x.wav", "is one file for 2 sounds; name a folder"),
+        (["a"], None, "--output is missing: .* answers with sound; name a folder"),
+    ]:
+        with pytest.raises(predict.PredictError, match=message):
+            answer(capsys, listeners["synthesis"], *arguments, output=output)
 
 
 def test_where_sound_is_not_written(listeners, tmp_path, capsys):
