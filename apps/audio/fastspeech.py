@@ -9,8 +9,9 @@ there are characters and no phonemes.
 A row's result doesn't depend on the rows beside it: what is filled up is left out of attention, and is 0 in front of
 each convolution.
 
-Half precision: the embedding, positions, repetition (its gradient is a sum over frames) and outputs are float32;
-attention and convolutions are half. Durations are integers, and predicted as float32 logarithms.
+Half precision: the embedding, positions, repetition (its gradient is a sum over frames), what leaves encoder and
+decoder and the outputs are float32; attention and convolutions are half. Durations are integers, and predicted as
+float32 logarithms.
 
 Sources: Ren et al. 2021, "FastSpeech 2", arXiv:2006.04558; Lancucki 2021, "FastPitch", arXiv:2006.06873.
 """
@@ -82,7 +83,7 @@ def _transform(x, own, width: int, depth: int, name: str):
         y = _convolve(y, own, _WIDER * width, _KERNEL, f"{part}_conv1")
         y = keras.layers.Conv1D(width, 1, name=f"{part}_conv2")(y)
         x = _add(x, y, part)
-    return keras.layers.LayerNormalization(name=f"{name}_norm")(x)
+    return keras.layers.LayerNormalization(dtype="float32", name=f"{name}_norm")(x)
 
 
 def _add(x, y, name: str):
