@@ -55,7 +55,7 @@ def define_flags(values: flags.FlagValues) -> None:
     recogniser_help = "Bundle of apps.audio.recognition. Default: speech_recognition_<data set> in --saved_model_dir."
     flags.DEFINE_string("recogniser", None, recogniser_help, **here)
     flags.DEFINE_integer("width", 128, "Numbers that stand for a character or frame, 16 to 1024.", 16, 1024, **here)
-    flags.DEFINE_integer("depth", 3, "Blocks of the encoder, and of the decoder, 1 to 12.", 1, 12, **here)
+    flags.DEFINE_integer("depth", 2, "Blocks of the encoder, and of the decoder, 1 to 12.", 1, 12, **here)
 
 
 # Model
@@ -392,7 +392,7 @@ def _pictures_and_sounds(rows: list[Spoken], data: SpokenData, prefix: str = "")
 TASK = runner.Task(
     name="speech_synthesis",
     define_flags=define_flags,
-    defaults={"dataset": "fillets_cs", "batch_size": 16, "epochs": 80, "learning_rate": 1e-3},
+    defaults={"dataset": "fillets_cs", "batch_size": 16, "epochs": 60, "learning_rate": 1e-3},
     load_data=load_data,
     build_model=build_model,
     build_optimizer=build_optimizer,
