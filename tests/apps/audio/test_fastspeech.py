@@ -79,6 +79,14 @@ def test_halves_are_the_model():
     }
 
 
+def test_other_characters_make_other_frames_before_it_has_learned_anything():
+    model, random = build("float32"), np.random.default_rng(5)
+    batch = inputs(random, [40], 40)
+    other = batch | {"labels": random.permutation(batch["labels"], axis=1)}
+    one, two = (model(each)["mel"].numpy() for each in (batch, other))
+    assert np.std(one - two) > 0.5 * np.std(one)
+
+
 def test_prosody_is_heard_and_position_matters():
     model = build("float32")
     batch = inputs(np.random.default_rng(3), [6], 6)
