@@ -3,6 +3,7 @@
 Its weights compute in float32, so that what it hears doesn't depend on the policy of what it is asked about.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,14 +36,16 @@ class Listener:
             manifest = tfhalf.Manifest.read(self.folder)
             if manifest.metadata.get("task") != "speech_recognition":
                 raise runner.AppError(f"--recogniser: {folder} is for {manifest.metadata.get('task')!r}")
-            self._transcribe, self._listen = (
-                tfhalf.load_saved_model(self.folder, name) for name in (_SIGNATURE, f"{_SIGNATURE}_raw")
-            )
+            self._listen = tfhalf.load_saved_model(self.folder, f"{_SIGNATURE}_raw")
         except tfhalf.ExportError as error:
             raise runner.AppError(f"--recogniser: {folder} is no bundle that can be used: {error}") from error
         self.alphabet = alphabet.Alphabet(manifest.metadata["about"]["characters"])
         self.sampling_rate = manifest.metadata["about"]["sampling_rate"]
         self._align = tf.function(ctc.align, autograph=False, reduce_retracing=True)
+
+    @functools.cached_property
+    def _transcribe(self):
+        return tfhalf.load_saved_model(self.folder, _SIGNATURE)
 
     def transcribe(self, sounds: Sequence[np.ndarray]) -> list[str]:
         """Returns normalised texts of waveforms, float `[samples]` at `sampling_rate`."""

@@ -38,7 +38,6 @@ _LONGEST = 10.0  # seconds of a clip that is trained on
 _LONGEST_TEXT = 400  # characters that are spoken; attention takes memory by their square
 _LONGEST_SOUND = 100  # frames of a character
 _FORCED = 4  # frames of each character where a bundle is compared with the model
-_ITERATIONS = 60  # of Griffin-Lim
 _WEIGHT_DECAY = 0.01
 _SHOWN, _WRITTEN = 2, 8  # sentences as pictures and sounds, and as files
 _PARTS = ("training", "validation", "test")
@@ -54,6 +53,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("speaker", None, speaker_help, **here)
     recogniser_help = "Bundle of apps.audio.recognition. Default: speech_recognition_<data set> in --saved_model_dir."
     flags.DEFINE_string("recogniser", None, recogniser_help, **here)
+    iterations_help = "Griffin-Lim's iterations in the served graph, 1 to 1000."
+    flags.DEFINE_integer("iterations", 60, iterations_help, 1, 1000, **here)
     flags.DEFINE_integer("width", 128, "Numbers that stand for a character or frame, 16 to 1024.", 16, 1024, **here)
     flags.DEFINE_integer("depth", 2, "Blocks of the encoder, and of the decoder, 1 to 12.", 1, 12, **here)
 
@@ -132,7 +133,7 @@ class SpokenData(runner.Data):
         layer, vocoded = front(), []
         for recording in recordings:
             features = layer(recording[np.newaxis], np.array([len(recording)]))
-            vocoded.append(vocode(features, tf.shape(features)[1:2])[0][0].numpy())
+            vocoded.append(vocode(features, tf.shape(features)[1:2], self.about["iterations"])[0][0].numpy())
         reached = _compare(self.listener, texts, recordings, vocoded)
         heard = self.listener.transcribe(recordings)
         return {
@@ -178,6 +179,7 @@ def load_data(options) -> SpokenData:
             "sampling_rate": _SAMPLING_RATE,
             "characters": listener.alphabet.characters,
             "speaker": speaker,
+            "iterations": options.iterations,
             "recogniser": str(listener.folder),
             "features": {"mean": scale.features[0].tolist(), "deviation": scale.features[1].tolist()},
         },
@@ -288,25 +290,27 @@ def decide(model: keras.Model, data: runner.Data):
         own &= tf.math.count_nonzero(own, axis=1, keepdims=True) > 2  # more than the pauses around: else say nothing
         durations = tf.clip_by_value(durations, 1, _LONGEST_SOUND) * tf.cast(own, tf.int32)
         mel = make_frames([raw["encoded"], durations, raw["prosody"][..., 1:]], training=False)
-        waveform, length = vocode(mel * deviation + mean, tf.reduce_sum(durations, axis=1))
+        num_frames = tf.reduce_sum(durations, axis=1)
+        waveform, length = vocode(mel * deviation + mean, num_frames, data.about["iterations"])
         return {"waveform": waveform, "length": length, "durations": durations}
 
-    return speak
+    return {"": speak}
 
 
-def vocode(features: tf.Tensor, num_frames: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def vocode(features: tf.Tensor, num_frames: tf.Tensor, iterations: int) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns waveforms that have about these features.
 
     Args:
         features: as of `front`, float32 `[batch, frames, bands]`.
         num_frames: of each row, int32 `[batch]`; those behind are ignored.
+        iterations: of Griffin-Lim.
 
     Returns:
         Waveforms, float32 `[batch, samples]` from -1 to 1, and their lengths, int32 `[batch]`.
     """
     layer = front()
     lengths = tf.maximum(num_frames - 1, 0) * layer.framing.sequence_stride
-    waveform = spectra.griffin_lim(layer.magnitudes(features), lengths, layer.framing, iterations=_ITERATIONS)
+    waveform = spectra.griffin_lim(layer.magnitudes(features), lengths, layer.framing, iterations=iterations)
     return tf.clip_by_value(waveform, -1.0, 1.0), lengths
 
 
@@ -360,7 +364,7 @@ def describe(scores: dict[str, float]) -> str:
 
 def show(model: keras.Model, data: SpokenData) -> dict[str, bytes]:
     """Validation sentences beside their recordings: when each character is said, and how it sounds."""
-    encode, speak = serve(model, data)[0], decide(model, data)
+    encode, speak = serve(model, data)[0], decide(model, data)[""]
     return _pictures_and_sounds(sentences(lambda text: speak(encode(text)), data.shown), data)
 
 

@@ -8,6 +8,7 @@ import scipy.signal
 import soundfile
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from matplotlib.figure import Figure
 
 from apps import figures, runner
 from apps.audio import clips, waveforms
@@ -119,3 +120,15 @@ def test_spectrograms(length):
         assert np.argmax(power) == pytest.approx(2_000 * 400 / 16_000, abs=1)
         assert np.max(images[1].get_array()) - np.max(images[2].get_array()) == pytest.approx(40, abs=0.5)  # dB
     assert figures.to_png(figure).startswith(b"\x89PNG")
+
+
+def test_labels_are_drawn_where_they_are_said():
+    axes = Figure().add_subplot(xlim=(0, 1), ylim=(0, 8000))
+    clips.draw_labels(axes, ["a", "b", "a"], np.array([0.08, 0.2, 0.4]))
+    assert [(text.get_text(), round(text.get_position()[0], 3)) for text in axes.texts] == [
+        ("a", 0.04),
+        ("b", 0.14),
+        ("a", 0.3),
+    ]
+    clips.draw_labels(axes, ["a", "b"], np.array([0.0, 0.0]))  # an impossible alignment
+    assert len(axes.texts) == 3

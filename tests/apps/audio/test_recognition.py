@@ -360,20 +360,6 @@ def test_what_is_shown(learned, answer, tmp_path):
     assert concluded["test_clip1"] == (tmp_path / "clip1.wav").read_bytes()
 
 
-def test_alignment_is_drawn_where_a_letter_is_said():
-    from matplotlib.figure import Figure
-
-    axes = Figure().add_subplot(xlim=(0, 1), ylim=(0, 8000))
-    recognition._draw_alignment(axes, ["a", "b", "a"], np.array([2, 3, 5, 0, 0]))
-    assert [(text.get_text(), round(text.get_position()[0], 3)) for text in axes.texts] == [
-        ("a", 0.04),
-        ("b", 0.14),
-        ("a", 0.3),
-    ]
-    recognition._draw_alignment(axes, ["a", "b"], np.array([0, 0]))  # impossible
-    assert len(axes.texts) == 3
-
-
 # What is refused
 
 

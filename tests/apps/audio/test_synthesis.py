@@ -59,7 +59,7 @@ class ToyVoices(tfds.core.GeneratorBasedBuilder):
             yield index, {"speech": sounds.encoded(speech), "text": f"{text.upper()}.", "speaker": speaker}
 
 
-class ToyTones(ToyVoices):
+class ToyWordless(ToyVoices):
     """No text."""
 
     def _info(self):
@@ -202,7 +202,7 @@ def test_speakers(folder, capsys):
 
 def test_refusals(folder, monkeypatch):
     with pytest.raises(runner.AppError, match=r"speech synthesis needs speech .Audio. and text .Text."):
-        synthesis.load_data(options(folder, dataset="toy_tones"))
+        synthesis.load_data(options(folder, dataset="toy_wordless"))
     with pytest.raises(runner.AppError, match="--width=33 must be even"):
         synthesis.load_data(options(folder, "--width=33"))
     monkeypatch.setattr(sets, "prepare", lambda options: pytest.fail("fetched before the recogniser is there"))
