@@ -218,8 +218,8 @@ def replay(directory: Path) -> dict[str, dict[str, float]]:
 def _difference(seen: np.ndarray, expected: np.ndarray, is_decided: bool) -> float:
     """Largest difference as a share of the largest expected value (at least 1).
 
-    Infinite for a wrong shape or dtype, or a NaN; 1 where whole numbers or strings differ, and where what is decided
-    has another length, as a sound may have.
+    Infinite for a wrong shape or dtype, or a NaN; 1 where whole numbers or strings differ, and where rows that are
+    decided, `[batch, length]`, have another length, as sounds may have.
     """
     both_strings = seen.dtype.kind == expected.dtype.kind == "S"  # of the width of the longest one
     if seen.dtype != expected.dtype and not both_strings:
@@ -227,7 +227,8 @@ def _difference(seen: np.ndarray, expected: np.ndarray, is_decided: bool) -> flo
     if seen.dtype.kind == "f" and not (np.all(np.isfinite(seen)) and np.all(np.isfinite(expected))):
         return float("inf")
     if seen.shape != expected.shape:
-        return 1.0 if is_decided and seen.ndim == expected.ndim and len(seen) == len(expected) else float("inf")
+        are_rows = is_decided and seen.ndim == expected.ndim == 2 and len(seen) == len(expected)
+        return 1.0 if are_rows else float("inf")
     if seen.dtype.kind != "f":
         return 0.0 if np.array_equal(seen, expected) else 1.0
     return float(np.max(np.abs(seen - expected), initial=0.0) / max(1.0, np.max(np.abs(expected), initial=0.0)))

@@ -82,8 +82,8 @@ def export_saved_model(
         decide: the step after the last number, from `serve`'s outputs to what clients get: a choice that a rounding may
             turn, as the largest class or the boxes that stay (in a fixed number of rows). Each signature gets it, and a
             twin without it, `<name>_raw`. The twin is compared with the training model; of what is decided only names,
-            dtypes, how many rows it has and that it is finite can be held to that, so judge it by its metric, in
-            `metadata`.
+            shapes (but for the length of rows, `[batch, length]`), dtypes and that it is finite can be held to that, so
+            judge it by its metric, in `metadata`.
             Several, by what is added to the signatures' names: `{"": beam_search, "_greedy": greedy_search}`.
         resources: what `serve` uses beside the model's weights: lookup tables, or `tf.Module`s that hold them.
 

@@ -1,8 +1,8 @@
 """How far synthetic speech is from a recording of the same sentence: mel-cepstral distortion.
 
 Mel-cepstra are cosine transforms of log-mel features here, not SPTK's, so numbers compare with those of the same
-features only. The two were spoken at different speeds, so frames are paired by
-dynamic time warping: along the path through all pairs of frames that has the least distance in all.
+features only. The two were spoken at different speeds, so frames are paired by dynamic time warping: along the path
+through all pairs of frames that has the least distance in all.
 
 Sources: Kubichek 1993, "Mel-cepstral distance measure for objective speech quality assessment", IEEE Pacific Rim
 Conference; Sakoe and Chiba 1978, "Dynamic programming algorithm optimization for spoken word recognition", IEEE

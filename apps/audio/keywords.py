@@ -9,8 +9,9 @@ syllables (mixed_float16, 2026-11-26).
 
 Convolutions over time and frequency; then the largest value of all frequencies and the mean over a clip's own frames.
 Features are log-mel bands, as words need them, or pitch, as tones need it: the autocorrelation of each frame at lags
-whose logarithms are evenly spaced. Another voice is a translation along that axis, which convolutions and the largest
-value don't see. In training clips are played at other speeds, of pitch at very different ones, and masked.
+whose logarithms are evenly spaced (`apps.audio.pitch`). Another voice is a translation along that axis, which
+convolutions and the largest value don't see. In training clips are played at other speeds, of pitch at very different
+ones, and masked.
 
 Half precision: features, normalisation, the mean over frames, logits and loss are float32; convolutions are half.
 

@@ -24,12 +24,13 @@ class Listener:
 
     Args:
         folder: a version folder, or the one above it, of which the newest version is taken.
+        sampling_rate: samples a second of the clips that it is asked about.
 
     Raises:
-        AppError: there is no bundle, it was changed, or it isn't a recogniser's.
+        AppError: there is no bundle, it was changed, it isn't a recogniser's, or it hears another rate.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, sampling_rate: int):
         versions = [entry for entry in Path(folder).glob("*") if entry.name.isdigit() and entry.is_dir()]
         self.folder = max(versions, key=lambda entry: int(entry.name)) if versions else Path(folder)
         try:
@@ -39,8 +40,13 @@ class Listener:
             self._listen = tfhalf.load_saved_model(self.folder, f"{_SIGNATURE}_raw")
         except tfhalf.ExportError as error:
             raise runner.AppError(f"--recogniser: {folder} is no bundle that can be used: {error}") from error
-        self.alphabet = alphabet.Alphabet(manifest.metadata["about"]["characters"])
-        self.sampling_rate = manifest.metadata["about"]["sampling_rate"]
+        about = manifest.metadata["about"]
+        if about["sampling_rate"] != sampling_rate:
+            raise runner.AppError(
+                f"--recogniser: {folder} hears {about['sampling_rate']} samples a second, and not {sampling_rate}; "
+                "choose another one"
+            )
+        self.alphabet = alphabet.Alphabet(about["characters"])
         self._align = tf.function(ctc.align, autograph=False, reduce_retracing=True)
 
     @functools.cached_property
@@ -48,7 +54,7 @@ class Listener:
         return tfhalf.load_saved_model(self.folder, _SIGNATURE)
 
     def transcribe(self, sounds: Sequence[np.ndarray]) -> list[str]:
-        """Returns normalised texts of waveforms, float `[samples]` at `sampling_rate`."""
+        """Returns normalised texts of waveforms, float `[samples]`."""
         texts = [""] * len(sounds)
         for rows, inputs in self._batches(sounds):
             for row, text in zip(rows, self._transcribe(inputs)["text"], strict=True):
@@ -59,7 +65,7 @@ class Listener:
         """Finds out how long each label is said, and the silence around a text.
 
         Args:
-            sounds: waveforms, float32 `[samples]` each, at `sampling_rate`.
+            sounds: waveforms, float32 `[samples]` each.
             labels: of `alphabet`, int32 `[labels]` each.
             stride: samples from one frame to the next.
 

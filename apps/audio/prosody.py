@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from apps import batches
-from apps.audio import pitch, spectra
+from apps.audio import pitch
 
 
 class Example(NamedTuple):
@@ -34,7 +34,7 @@ class Example(NamedTuple):
 
 
 def examine(
-    waveform: np.ndarray, labels: np.ndarray, durations: np.ndarray, front: spectra.LogMel, rate: int
+    waveform: np.ndarray, labels: np.ndarray, durations: np.ndarray, features: np.ndarray, rate: int
 ) -> Example:
     """Returns what is to be learned of a clip.
 
@@ -42,10 +42,9 @@ def examine(
         waveform: float32 `[samples]`.
         labels: int32 `[length]`.
         durations: in frames of 10 ms, as many as the clip has, int32 `[length]`.
-        front: the features, with frames of 10 ms.
+        features: log-mel of the waveform, not normalised, with frames of 10 ms, float32 `[frames, bands]`.
         rate: samples a second.
     """
-    features = front(waveform[np.newaxis], np.array([len(waveform)]))[0].numpy()
     hertz = pitch.track(waveform, rate)
     of_label = np.repeat(np.arange(len(labels)), durations)
     octaves = np.log2(np.where(hertz > 0, hertz, 1.0))

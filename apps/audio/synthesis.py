@@ -6,7 +6,8 @@
 
 FastSpeech 2 (`apps.audio.fastspeech`) makes log-mel frames of characters, Griffin-Lim a waveform of them. How long each
 character is said in the recordings tells a recogniser of the same language, by CTC (`apps.audio.listener`), so that is
-trained first. Served is text in, sound out; both are parts of the exported graph.
+trained first. Served is text in, sound out; both are parts of the exported graph. Of a text the first 400 characters
+are spoken, without digits and marks.
 
 Speech is measured by its mel-cepstral distortion from the recordings of the test part, and by how well the recogniser
 understands it: its character error rate on synthetic speech, beside that on the recordings, and on what Griffin-Lim
@@ -62,9 +63,15 @@ def define_flags(values: flags.FlagValues) -> None:
 # Model
 
 
+@functools.cache
 def front() -> spectra.LogMel:
     """The features that are learned; windows longer than a recogniser's, so that Griffin-Lim has more to go by."""
     return spectra.LogMel(_SAMPLING_RATE, window=0.04, num_mel_bins=_NUM_MEL_BINS, normalize=False)
+
+
+def _features(waveform: np.ndarray) -> np.ndarray:
+    """Those of one waveform, float32 `[samples]`: float32 `[frames, bands]`."""
+    return front()(waveform[np.newaxis], np.array([len(waveform)]))[0].numpy()
 
 
 def build_model(options, data: runner.Data) -> keras.Model:
@@ -130,10 +137,8 @@ class SpokenData(runner.Data):
         for inputs, batch in self.test:
             texts += [alphabet.normalize(text.decode()) for text in inputs["text"].numpy()]
             recordings += clips.cut(*batch)
-        layer, vocoded = front(), []
-        for recording in recordings:
-            features = layer(recording[np.newaxis], np.array([len(recording)]))
-            vocoded.append(vocode(features, tf.shape(features)[1:2], self.about["iterations"])[0][0].numpy())
+        features = [_features(recording) for recording in recordings]
+        vocoded = [vocode(each[tf.newaxis], [len(each)], self.about["iterations"])[0][0].numpy() for each in features]
         reached = _compare(self.listener, texts, recordings, vocoded)
         heard = self.listener.transcribe(recordings)
         return {
@@ -192,14 +197,14 @@ def load_data(options) -> SpokenData:
 def _find_listener(options) -> Listener:
     """The recogniser that `--recogniser` names, or the one that is published beside."""
     if options.recogniser is not None:
-        return Listener(options.recogniser)
+        return Listener(options.recogniser, _SAMPLING_RATE)
     folder = Path(options.saved_model_dir, f"speech_recognition_{options.dataset.replace('/', '_')}")
     if not folder.exists():
         raise runner.AppError(
             f"--recogniser is missing, and there is no {folder}: first run python -m apps.audio.recognition "
             f"--dataset={options.dataset}"
         )
-    return Listener(folder)
+    return Listener(folder, _SAMPLING_RATE)
 
 
 def _choose_speaker(options, features, train: list) -> str | None:
@@ -230,11 +235,10 @@ def _examples(listener: Listener, sounds, texts: np.ndarray, part: str) -> list[
     labels = [listener.alphabet.encode(alphabet.normalize(text.decode())) for text in texts]
     rows = [row for row, own in enumerate(labels) if len(own) and len(sounds[row]) <= _LONGEST * _SAMPLING_RATE]
     runner.say(f"finding out when each character is said in {len(rows):,} {part} clips")
-    layer = front()
     chosen, own = [clips.to_waveform(sounds[row]) for row in rows], [labels[row] for row in rows]
-    aligned = listener.align(chosen, own, layer.framing.sequence_stride)
+    aligned = listener.align(chosen, own, front().framing.sequence_stride)
     found = [
-        prosody.examine(clip, np.pad(labels, 1, constant_values=pause), durations, layer, _SAMPLING_RATE)
+        prosody.examine(clip, np.pad(labels, 1, constant_values=pause), durations, _features(clip), _SAMPLING_RATE)
         for clip, labels, durations in zip(chosen, own, aligned, strict=True)
         if durations.any()
     ]
@@ -274,7 +278,7 @@ def serve(model: keras.Model, data: runner.Data):
         encoded, predicted = read(labels, training=False)
         durations = _FORCED * tf.cast(labels > 0, tf.int32)
         mel = make_frames([encoded, durations, predicted[..., 1:]], training=False)
-        return {"labels": labels, "encoded": tf.cast(encoded, tf.float32), "prosody": predicted, "mel": mel}
+        return {"labels": labels, "encoded": encoded, "prosody": predicted, "mel": mel}
 
     return encode, {"text": tf.TensorSpec([None], tf.string)}
 
@@ -309,7 +313,7 @@ def vocode(features: tf.Tensor, num_frames: tf.Tensor, iterations: int) -> tuple
         Waveforms, float32 `[batch, samples]` from -1 to 1, and their lengths, int32 `[batch]`.
     """
     layer = front()
-    lengths = tf.maximum(num_frames - 1, 0) * layer.framing.sequence_stride
+    lengths = tf.maximum(tf.convert_to_tensor(num_frames) - 1, 0) * layer.framing.sequence_stride
     waveform = spectra.griffin_lim(layer.magnitudes(features), lengths, layer.framing, iterations=iterations)
     return tf.clip_by_value(waveform, -1.0, 1.0), lengths
 
@@ -342,13 +346,8 @@ def score(call: runner.Call, data: SpokenData) -> dict[str, float]:
 
 def _compare(listener: Listener, texts, recordings, sounds) -> dict[str, float]:
     """How far sounds are from the recordings of the same sentences, and how many characters are heard wrongly."""
-    layer = front()
-
-    def features(waveform):
-        return layer(waveform[np.newaxis], np.array([len(waveform)]))[0].numpy()
-
     distortions = [
-        cepstra.distortion(features(recording), features(sound))
+        cepstra.distortion(_features(recording), _features(sound))
         for recording, sound in zip(recordings, sounds, strict=True)
     ]
     return {"mcd": float(np.mean(distortions)), "cer": jiwer.cer(list(texts), listener.transcribe(sounds))}
@@ -371,7 +370,7 @@ def show(model: keras.Model, data: SpokenData) -> dict[str, bytes]:
 def conclude(call: runner.Call, data: SpokenData, folder: Path) -> dict[str, bytes]:
     """The same of some test sentences; and texts as files to try apps/predict.py on."""
     texts = [text.decode() for inputs, _ in data.test for text in inputs["text"].numpy()]
-    chosen = np.linspace(0, len(texts) - 1, _WRITTEN, dtype=int)
+    chosen = np.linspace(0, len(texts) - 1, min(_WRITTEN, len(texts)), dtype=int)
     for number, row in enumerate(chosen, 1):
         (folder / f"text{number}.txt").write_text(texts[row], encoding="utf-8")
     few = data.test.unbatch().shard(max(1, len(texts) // _SHOWN), 0).take(_SHOWN).batch(1)

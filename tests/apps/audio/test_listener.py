@@ -43,7 +43,7 @@ def exported(tmp_path_factory):
 
 def test_it_hears_what_the_model_hears_in_float32(exported):
     folder, model, data = exported
-    heard = listener.Listener(folder)
+    heard = listener.Listener(folder, 16_000)
     assert heard.folder == folder / "10"
     assert heard.alphabet.characters == [" ", "a", "b"]
     random = np.random.default_rng(1)
@@ -54,12 +54,13 @@ def test_it_hears_what_the_model_hears_in_float32(exported):
             call(waveform=tf.constant(sound[np.newaxis]), length=tf.constant([len(sound)]))["text"].numpy()[0].decode()
             for sound in sounds
         ]
+    assert len(set(expected)) > 1, "it hears nothing"
     assert heard.transcribe(sounds) == expected
     assert heard.transcribe([]) == []
 
 
 def test_every_frame_of_a_clip_belongs_to_a_label(exported):
-    heard = listener.Listener(exported[0] / "2")
+    heard = listener.Listener(exported[0] / "2", 16_000)
     random = np.random.default_rng(2)
     sounds = [random.normal(scale=0.1, size=size).astype("float32") for size in (16_000, 7777, 1000)]
     labels = [heard.alphabet.encode(text) for text in ("ab a", "bb", "abab")]
@@ -73,6 +74,8 @@ def test_every_frame_of_a_clip_belongs_to_a_label(exported):
 
 def test_what_is_no_recogniser_is_refused(exported, bundle, tmp_path):
     with pytest.raises(runner.AppError, match=r"--recogniser.*no bundle"):
-        listener.Listener(tmp_path)
+        listener.Listener(tmp_path, 16_000)
     with pytest.raises(runner.AppError, match=r"--recogniser.*is for 'test'"):
-        listener.Listener(bundle)
+        listener.Listener(bundle, 16_000)
+    with pytest.raises(runner.AppError, match=r"--recogniser.*hears 16000 samples a second, and not 8000"):
+        listener.Listener(exported[0], 8000)

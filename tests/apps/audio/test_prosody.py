@@ -19,7 +19,8 @@ def example(parts: list[tuple[float, float, int]]) -> prosody.Example:
     waveform = np.concatenate([sing(*part) for part in parts]).astype("float32")
     durations = np.array([frames for *_, frames in parts], np.int32)
     durations[-1] += 1  # a clip has a frame more than strides
-    return prosody.examine(waveform, np.arange(1, len(parts) + 1, dtype=np.int32), durations, FRONT, RATE)
+    features = FRONT(waveform[np.newaxis], np.array([len(waveform)]))[0].numpy()
+    return prosody.examine(waveform, np.arange(1, len(parts) + 1, dtype=np.int32), durations, features, RATE)
 
 
 def test_pitch_and_loudness_are_what_was_sung():

@@ -72,8 +72,8 @@ class Judge:
 
     alphabet, folder = alphabet.Alphabet([" ", *HERTZ]), "judge"
 
-    def __init__(self, folder):
-        pass
+    def __init__(self, folder, sampling_rate):
+        assert sampling_rate == RATE
 
     def align(self, recordings, labels, stride):
         frames = [[0, *[LETTER // stride] * len(own), 1] for own in labels]
@@ -163,7 +163,7 @@ def test_it_learns_to_speak_and_the_bundle_speaks_alike(learned, tmp_path):
         assert not row[length:].any()
     alone = served(np.array([b"ab \xc4\x8dd"]))
     np.testing.assert_array_equal(alone["durations"][0], answer["durations"][0][: alone["durations"].shape[1]])
-    assert Judge("").transcribe([answer["waveform"][5][: answer["length"][5]]]) == ["č"]
+    assert Judge("", RATE).transcribe([answer["waveform"][5][: answer["length"][5]]]) == ["č"]
 
 
 def test_what_is_shown(learned, tmp_path):
