@@ -378,7 +378,7 @@ def _before_and_after(cleans, noisies, estimates) -> dict[str, bytes]:
 TASK = runner.Task(
     name="speech_enhancement",
     define_flags=define_flags,
-    defaults={"dataset": "fillets_noisy", "batch_size": 8, "epochs": 22, "learning_rate": 1e-3},
+    defaults={"dataset": "fillets_noisy", "batch_size": 8, "epochs": 8, "learning_rate": 1e-3},
     load_data=load_data,
     build_model=build_model,
     build_optimizer=build_optimizer,
