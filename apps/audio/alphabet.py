@@ -3,6 +3,9 @@
 Of a text count its letters, in lower case and with their accents, digits, apostrophes, and where words end; marks
 don't. Labels are the letters and the apostrophe that training texts have often enough, and the space. A digit is never
 one of them: what it stands for was said in letters that nobody wrote down.
+
+Who speaks a text pauses at its marks: for synthesis `MARK` stands for a space that has marks beside it, so that a text
+has as many labels with it as without.
 """
 
 import collections
@@ -14,26 +17,43 @@ import numpy as np
 import tensorflow as tf
 
 _APOSTROPHES = str.maketrans("\u2019\u02bc\u2018\u00b4`", "'''''")
+MARK = ","
+_PAUSES = ".,;:!?\u2026\u2013\u2014"
+_DASH = " -+ "  # a hyphen that stands alone
+_AROUND_MARK = f" ?{MARK}[ {MARK}]*"
 _RARE = 10  # times that a character is in the training texts, below which it isn't learned; not tuned
 
 
-def normalize(text: str) -> str:
+def normalize(text: str, with_marks: bool = False) -> str:
     """Returns what counts of a text.
 
+    Args:
+        text: as people write it.
+        with_marks: write `MARK` for a space that has marks beside it, and not a space.
+
     Example:
-        >>> normalize("No\u2026 Vid\u00edš, jsi VENKU -- 2x!")
+        >>> normalize("No\u2026 Vidíš, jsi VENKU -- 2x!")
         'no vidíš jsi venku 2x'
+        >>> normalize("No\u2026 Vidíš, jsi VENKU -- 2x!", with_marks=True)
+        'no,vidíš,jsi venku,2x'
     """
     text = unicodedata.normalize("NFC", text.lower().translate(_APOSTROPHES))
-    kept = "".join(each if unicodedata.category(each)[0] in "LMN" or each == "'" else " " for each in text)
-    return " ".join(re.sub(r"(?<!\w)'(?!\w)", " ", kept).split())  # an apostrophe is beside a letter
+    kept = "".join(_kept(each, with_marks) for each in re.sub(_DASH, f" {MARK} ", text))
+    spaced = " ".join(re.sub(r"(?<!\w)'(?!\w)", " ", kept).split())  # an apostrophe is beside a letter
+    return re.sub(_AROUND_MARK, MARK, spaced).strip(MARK)
+
+
+def _kept(character: str, with_marks: bool) -> str:
+    if unicodedata.category(character)[0] in "LMN" or character == "'":
+        return character
+    return MARK if with_marks and character in _PAUSES else " "
 
 
 class Alphabet(tf.Module):
     """Characters and their labels, from 1 on.
 
     Args:
-        characters: each once.
+        characters: each once. With `MARK` among them texts are normalised with marks.
     """
 
     def __init__(self, characters: Sequence[str]):
@@ -56,17 +76,22 @@ class Alphabet(tf.Module):
         for character in self.characters:
             if (apart := unicodedata.normalize("NFD", character)) != character:
                 text = tf.strings.regex_replace(text, apart, character)
-        text = tf.strings.regex_replace(text, r"[^\pL\pM\pN']", " ")
+        mark = MARK if MARK in self.characters else " "
         # An apostrophe beside a letter is set aside while the others go.
         for pattern, replacement in (
+            (_DASH, f" {mark} "),
+            (f"[{_PAUSES}]", mark),
+            (rf"[^\pL\pM\pN'{mark}]", " "),
             (r"([\pL\pN])'", r"\1_"),
             (r"'([\pL\pN])", r"_\1"),
             ("'", " "),
             ("_", "'"),
             (" +", " "),
+            (_AROUND_MARK, MARK),
+            (f"^[ {MARK}]+|[ {MARK}]+$", ""),
         ):
             text = tf.strings.regex_replace(text, pattern, replacement)
-        points = tf.strings.unicode_decode(tf.strings.strip(text), "UTF-8")
+        points = tf.strings.unicode_decode(text, "UTF-8")
         known = tf.constant([ord(character) for character in self.characters])
         same = tf.cast(points.values[:, tf.newaxis] == known, tf.int32)
         labels = tf.reduce_sum(same * (1 + tf.range(tf.size(known))), axis=1)

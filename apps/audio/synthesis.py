@@ -7,7 +7,7 @@
 FastSpeech 2 (`apps.audio.fastspeech`) makes log-mel frames of characters, Griffin-Lim a waveform of them. How long each
 character is said in the recordings tells a recogniser of the same language, by CTC (`apps.audio.listener`), so that is
 trained first. Served is text in, sound out; both are parts of the exported graph. Of a text the first 400 characters
-are spoken, without digits and marks.
+are spoken, without digits; at marks there are pauses.
 
 Speech is measured by its mel-cepstral distortion from the recordings of the test part, and by how well the recogniser
 understands it: its character error rate on synthetic speech, beside that on the recordings, and on what Griffin-Lim
@@ -166,8 +166,9 @@ def load_data(options) -> SpokenData:
     if speaker is not None:
         index = features["speaker"].names.index(speaker)
         read = [_of_speaker(part, index, speaker, name) for part, name in zip(read, _PARTS, strict=True)]
+    script = alphabet.Alphabet([*listener.alphabet.characters, alphabet.MARK])
     examples = [
-        _examples(listener, sounds, texts, name) for (sounds, texts, *_), name in zip(read[:2], _PARTS, strict=False)
+        _examples(listener, script, sounds, texts, name) for (sounds, texts, *_), name in zip(read[:2], _PARTS, strict=False)
     ]
     scale = prosody.Scale.of(examples[0])
     train, validation = (prosody.Part(each, scale) for each in examples)
@@ -182,14 +183,14 @@ def load_data(options) -> SpokenData:
         test=_sentences(*read[2][:2], np.roll(by_length, -len(by_length) // 2), options.batch_size),
         about={
             "sampling_rate": _SAMPLING_RATE,
-            "characters": listener.alphabet.characters,
+            "characters": script.characters,
             "speaker": speaker,
             "iterations": options.iterations,
             "recogniser": str(listener.folder),
             "features": {"mean": scale.features[0].tolist(), "deviation": scale.features[1].tolist()},
         },
         shown=_sentences(*read[1][:2], shown, _SHOWN),
-        resources=(listener.alphabet,),
+        resources=(script,),
         listener=listener,
     )
 
@@ -229,16 +230,19 @@ def _of_speaker(part: list, index: int, speaker: str, name: str) -> list:
     return [[sounds[row] for row in chosen], texts[chosen]]
 
 
-def _examples(listener: Listener, sounds, texts: np.ndarray, part: str) -> list[prosody.Example]:
+def _examples(
+    listener: Listener, script: alphabet.Alphabet, sounds, texts: np.ndarray, part: str
+) -> list[prosody.Example]:
     """What is learned of a part's clips; without those that are too long, or too short for what they say."""
-    (pause,) = listener.alphabet.encode(" ")
-    labels = [listener.alphabet.encode(alphabet.normalize(text.decode())) for text in texts]
+    space, mark = script.encode(" " + alphabet.MARK)
+    labels = [_read(script, text.decode()) for text in texts]
     rows = [row for row, own in enumerate(labels) if len(own) and len(sounds[row]) <= _LONGEST * _SAMPLING_RATE]
     runner.say(f"finding out when each character is said in {len(rows):,} {part} clips")
     chosen, own = [clips.to_waveform(sounds[row]) for row in rows], [labels[row] for row in rows]
-    aligned = listener.align(chosen, own, front().framing.sequence_stride)
+    heard = [np.where(labels == mark, space, labels) for labels in own]
+    aligned = listener.align(chosen, heard, front().framing.sequence_stride)
     found = [
-        prosody.examine(clip, np.pad(labels, 1, constant_values=pause), durations, _features(clip), _SAMPLING_RATE)
+        prosody.examine(clip, np.pad(labels, 1, constant_values=mark), durations, _features(clip), _SAMPLING_RATE)
         for clip, labels, durations in zip(chosen, own, aligned, strict=True)
         if durations.any()
     ]
@@ -248,6 +252,10 @@ def _examples(listener: Listener, sounds, texts: np.ndarray, part: str) -> list[
     if not found:
         raise runner.AppError(f"no {part} clip is left; choose another --dataset or --speaker")
     return found
+
+
+def _read(script: alphabet.Alphabet, text: str) -> np.ndarray:
+    return script.encode(alphabet.normalize(text, with_marks=True))
 
 
 def _sentences(sounds, texts: np.ndarray, order: np.ndarray, batch_size: int) -> tf.data.Dataset:
@@ -269,12 +277,12 @@ def serve(model: keras.Model, data: runner.Data):
     Frames are computed, too, with the same duration for each character, so that every weight counts where a bundle is
     compared with the model. `decide` speaks.
     """
-    (characters,), (read, make_frames) = data.resources, fastspeech.halves(model)
-    (pause,) = characters.encode(" ")
+    (script,), (read, make_frames) = data.resources, fastspeech.halves(model)
+    (mark,) = script.encode(alphabet.MARK)
 
     def encode(text):
-        around = tf.fill([tf.shape(text)[0], 1], pause)
-        labels = tf.concat([around, characters.tokenize(text)[:, :_LONGEST_TEXT], around], axis=1).to_tensor(0)
+        around = tf.fill([tf.shape(text)[0], 1], mark)
+        labels = tf.concat([around, script.tokenize(text)[:, :_LONGEST_TEXT], around], axis=1).to_tensor(0)
         encoded, predicted = read(labels, training=False)
         durations = _FORCED * tf.cast(labels > 0, tf.int32)
         mel = make_frames([encoded, durations, predicted[..., 1:]], training=False)
@@ -378,11 +386,10 @@ def conclude(call: runner.Call, data: SpokenData, folder: Path) -> dict[str, byt
 
 
 def _pictures_and_sounds(rows: list[Spoken], data: SpokenData, prefix: str = "") -> dict[str, bytes]:
-    shown, seconds = {}, front().framing.sequence_stride / _SAMPLING_RATE
+    (script,), shown, seconds = data.resources, {}, front().framing.sequence_stride / _SAMPLING_RATE
     for number, row in enumerate(rows, 1):
         figure = clips.spectrograms([(row.text, row.synthetic), ("the recording", row.recording)], _SAMPLING_RATE)
-        known = data.listener.alphabet
-        characters = ["", *(known.characters[label - 1] for label in known.encode(row.text)), ""]
+        characters = ["", *(script.characters[label - 1] for label in script.encode(row.text)), ""]
         clips.draw_labels(figure.axes[0], characters, seconds * np.cumsum(row.durations[: len(characters)]))
         shown[f"{prefix}sentence{number}"] = figures.to_png(figure)
         for name, sound in (("synthetic", row.synthetic), ("recording", row.recording)):

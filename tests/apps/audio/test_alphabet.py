@@ -27,6 +27,21 @@ def test_normalize(text, expected):
     assert alphabet.normalize(expected) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("No… Vidíš,  jsi\tVENKU -- 2!", "no,vidíš,jsi venku,2"),
+        ("je-li \N{EN DASH} a/b - 'c'?! ", "je li,a b,'c'"),
+        (" - a, ... 'b", "a,'b"),
+        ("- ,", ""),
+    ],
+)
+def test_normalize_with_marks(text, expected):
+    assert alphabet.normalize(text, with_marks=True) == expected
+    assert alphabet.normalize(expected, with_marks=True) == expected
+    assert alphabet.normalize(text) == expected.replace(",", " ")
+
+
 def test_rare_characters_and_digits_are_left_out():
     texts = ["abé" * 10, "7" * 50, "a w" * 9]
     learned, left_out = alphabet.learn(texts)
@@ -49,9 +64,10 @@ def test_decode_is_the_inverse_of_encode():
     assert decode(tf.zeros([2, 0], tf.int32)).numpy().tolist() == [b"", b""]
 
 
-LETTERS = alphabet.Alphabet([" ", "'", "a", "e", "é", "ž", "ů"])
-_TOKENIZE = tf.function(
-    lambda text: LETTERS.tokenize(text), autograph=False, input_signature=[tf.TensorSpec([None], tf.string)]
+LETTERS, WITH_MARKS = (alphabet.Alphabet([" ", "'", "a", "e", "é", "ž", "ů", *more]) for more in ("", alphabet.MARK))
+_TOKENIZE, _TOKENIZE_WITH_MARKS = (
+    tf.function(each.tokenize, autograph=False, input_signature=[tf.TensorSpec([None], tf.string)])
+    for each in (LETTERS, WITH_MARKS)
 )
 
 
@@ -62,6 +78,9 @@ def test_a_graph_tokenizes_as_texts_are_normalised_and_encoded(text):
         given_text = unicodedata.normalize(form, text)
         expected = LETTERS.encode(alphabet.normalize(given_text)).tolist()
         assert _TOKENIZE([given_text.encode()])[0].numpy().tolist() == expected, form
+        with_marks = WITH_MARKS.encode(alphabet.normalize(given_text, with_marks=True)).tolist()
+        assert _TOKENIZE_WITH_MARKS([given_text.encode()])[0].numpy().tolist() == with_marks, form
+        assert [1 if label == len(WITH_MARKS.characters) else label for label in with_marks] == expected
 
 
 def test_odd_texts_are_tokenized():

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tensorflow_datasets as tfds
 
 import tfhalf
@@ -52,6 +53,7 @@ class ToyVoices(tfds.core.GeneratorBasedBuilder):
             words = ["".join(random.choice(list(HERTZ), size, replace=False)) for size in sizes]
             text, speaker = " ".join(words), int(index % 3 == 0)
             speech = speak(text, random, 1.3 if speaker else 1.0)
+            text = text.replace(" ", random.choice([" ", ", "]))
             if num == 120 and index == 1:
                 text = "?!"
             if num == 120 and index == 2:
@@ -161,9 +163,19 @@ def test_it_learns_to_speak_and_the_bundle_speaks_alike(learned, tmp_path):
     assert answer["length"].tolist() == [max(160 * (row.sum() - 1), 0) for row in answer["durations"]]
     for row, length in zip(answer["waveform"], answer["length"], strict=True):
         assert not row[length:].any()
-    alone = served(np.array([b"ab \xc4\x8dd"]))
+    alone = served(np.array([b"ab ! \xc4\x8dd"]))
     np.testing.assert_array_equal(alone["durations"][0], answer["durations"][0][: alone["durations"].shape[1]])
     assert Judge("", RATE).transcribe([answer["waveform"][5][: answer["length"][5]]]) == ["č"]
+
+
+def test_marks_are_read_as_pauses(learned, folder):
+    model, data = learned
+    encode, _ = synthesis.serve(model, data)
+    labels = encode(tf.constant(["ab", "A, b."]))["labels"].numpy()
+    a, b, space, mark = data.resources[0].encode("ab ,")
+    assert labels.tolist() == [[mark, a, b, mark, 0], [mark, a, mark, b, mark]]
+    trained = {label for inputs, _ in data.train(0) for label in inputs["labels"].numpy().flat}
+    assert {space, mark} <= trained
 
 
 def test_what_is_shown(learned, tmp_path):
