@@ -167,9 +167,7 @@ def load_data(options) -> SpokenData:
         index = features["speaker"].names.index(speaker)
         read = [_of_speaker(part, index, speaker, name) for part, name in zip(read, _PARTS, strict=True)]
     script = alphabet.Alphabet([*listener.alphabet.characters, alphabet.MARK])
-    examples = [
-        _examples(listener, script, sounds, texts, name) for (sounds, texts, *_), name in zip(read[:2], _PARTS, strict=False)
-    ]
+    examples = [_examples(listener, script, *part[:2], name) for part, name in zip(read[:2], _PARTS, strict=False)]
     scale = prosody.Scale.of(examples[0])
     train, validation = (prosody.Part(each, scale) for each in examples)
     order, steps = batches.training_order(options, train.lengths)
