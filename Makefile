@@ -19,7 +19,7 @@ data: $(INSTALLED)
 	$(RUN) -m apps.data --dataset=mnist_5k,fashion_mnist,deepforest,blue_marble,composites
 	$(RUN) -m apps.data --dataset=reuters_r8,reuters_r52,newsgroups_20,vader_movies,vader_tweets,vader_amazon,vader_nyt
 	$(RUN) -m apps.data --dataset=bible_en_es,gnome_docs/de,gnome_docs/fr,gnome_docs/ru
-	$(RUN) -m apps.data --dataset=fillets_cs,fillets_nl,gcin_tones,fillets_noisy
+	$(RUN) -m apps.data --dataset=fillets_cs,fillets_nl,gcin_tones,fillets_noisy,spoken_words_en
 
 # The short form of what RESULTS.md shows; 30 rounds or more are for claims.
 bench: $(INSTALLED)

@@ -22,7 +22,7 @@ def define_flags(values: flags.FlagValues) -> None:
         None,
         "Data sets, separated by commas: TFDS names, or mnist_5k, deepforest, blue_marble, composites, reuters_r8, "
         "reuters_r52, newsgroups_20, vader_movies, vader_tweets, vader_amazon, vader_nyt, bible_en_es, gnome_docs/de, "
-        "gnome_docs/fr, gnome_docs/ru, fillets_cs, fillets_nl, gcin_tones, fillets_noisy.",
+        "gnome_docs/fr, gnome_docs/ru, fillets_cs, fillets_nl, gcin_tones, fillets_noisy, spoken_words_en.",
         flag_values=values,
         required=True,
     )

@@ -27,8 +27,8 @@ def test_tfds_finds_our_builder_by_name(data_dir):
         (
             "zzzzqqqq",
             "did you mean bible_en_es, blue_marble, composites, deepforest, fillets_cs, fillets_nl, fillets_noisy, "
-            "gcin_tones, gnome_docs, mnist_5k, newsgroups_20, reuters_r52, reuters_r8, vader_amazon, vader_movies, "
-            r"vader_nyt, vader_tweets\?",
+            "gcin_tones, gnome_docs, mnist_5k, newsgroups_20, reuters_r52, reuters_r8, spoken_words_en, "
+            r"vader_amazon, vader_movies, vader_nyt, vader_tweets\?",
         ),
         ("20newsgroups", "data set '20newsgroups'"),
         ("gnome_docs/pl", "data set 'gnome_docs/pl': .*pl"),

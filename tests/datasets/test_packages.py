@@ -51,8 +51,32 @@ def test_part_of_a_debian_package(tmp_path):
 
 def test_machine_without_apt_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(packages.DatasetError, match="this machine has no apt-get"):
+    with pytest.raises(packages.DatasetError, match="apt-get download hello: this machine has no apt-get"):
         packages.fetch_deb("hello", tmp_path)
+    with pytest.raises(packages.DatasetError, match="apt-get install hello: this machine has no apt-get"):
+        packages.fetch_programs(["hello"], tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("apt-get") is None, reason="this machine has no apt-get")
+def test_programs_run_without_being_installed(tmp_path):
+    # flac needs libflac12 and libogg0, which a small machine does not have. Of what it says, the last line is told.
+    programs = packages.fetch_programs(["flac"], tmp_path)
+    programs.run(["flac", "--version"])
+    with pytest.raises(packages.DatasetError, match="flac: or is not readable"):
+        programs.run(["flac", "--test", "none.flac"])
+
+
+def test_unpacked_programs_come_first(tmp_path):
+    for folder in ("usr/bin", "usr/lib/one", "usr/lib/two"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "usr/lib/one/libone.so.1.2").write_bytes(b"")
+    (tmp_path / "usr/lib/two/libtwo.so").write_bytes(b"")
+    program = tmp_path / "usr/bin/ls"
+    program.write_text('#!/bin/sh\necho "$LD_LIBRARY_PATH $1" > "$2"\necho "error: wrong $1" >&2\nexit 3\n')
+    program.chmod(0o755)
+    with pytest.raises(packages.DatasetError, match=r"^ls: error: wrong word$"):
+        packages.Programs(tmp_path).run(["ls", "word", str(tmp_path / "out")])
+    assert (tmp_path / "out").read_text().startswith(f"{tmp_path}/usr/lib/one:{tmp_path}/usr/lib/two")
 
 
 def test_sha256_is_the_standard_one(tmp_path):

