@@ -1,5 +1,6 @@
 """What several tests share: real data, one real training run, one bundle."""
 
+import collections
 import fcntl
 import os
 import shutil
@@ -48,9 +49,13 @@ def _needs_data(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that need data sets come last: the sets are fetched while the others run."""
+    """Files that need data sets come last: the sets are fetched while the others run. Of each kind the long come first.
+
+    Workers take files in this order by --no-loadscope-reorder.
+    """
     waiting = {item.path for item in items if _needs_data(item)}
-    items.sort(key=lambda item: item.path in waiting)
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (item.path in waiting, -slow[item.path]))
 
 
 @pytest.fixture(scope="session", autouse=True)

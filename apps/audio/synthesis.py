@@ -166,6 +166,7 @@ def load_data(options) -> SpokenData:
     if speaker is not None:
         index = features["speaker"].names.index(speaker)
         read = [_of_speaker(part, index, speaker, name) for part, name in zip(read, _PARTS, strict=True)]
+        runner.say(f"the voice is {speaker}'s")
     script = alphabet.Alphabet([*listener.alphabet.characters, alphabet.MARK])
     examples = [_examples(listener, script, *part[:2], name) for part, name in zip(read[:2], _PARTS, strict=False)]
     scale = prosody.Scale.of(examples[0])
