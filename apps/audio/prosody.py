@@ -14,6 +14,8 @@ import tensorflow as tf
 from apps import batches
 from apps.audio import pitch
 
+UNIT = 10.0  # frames that a duration is told in, so that it is as large as the rest
+
 
 class Example(NamedTuple):
     """One recording.
@@ -125,13 +127,13 @@ class Part:
                 tf.gather(each, rows).to_tensor()
                 for each in (self._labels, self._durations, self._prosody, self._features)
             )
-            logarithms = tf.math.log(tf.maximum(tf.cast(durations, tf.float32), 1.0))[..., tf.newaxis]
+            tenths = tf.cast(durations, tf.float32)[..., tf.newaxis] / UNIT
             own = tf.cast(labels > 0, tf.float32)[..., tf.newaxis]
             frames = tf.gather(self._features, rows).row_lengths()
             own_frames = tf.sequence_mask(frames, tf.shape(features)[1], tf.float32)[..., tf.newaxis]
             targets = {
                 "mel": tf.concat([features, own_frames], axis=2),
-                "prosody": tf.concat([logarithms, prosody, own], axis=2),
+                "prosody": tf.concat([tenths, prosody, own], axis=2),
             }
             return {"labels": labels, "durations": durations, "prosody": prosody}, targets
 

@@ -200,9 +200,20 @@ def test_errors_of_own_places_by_hand():
     seen = np.array([[[0, 2], [3, 8], [5, 5]], [[5, 5]] * 3], "float32")
     losses = synthesis.build_loss(None)
     np.testing.assert_allclose(losses["mel"].call(target, seen), [(1 + 0 + 0 + 4) / 4, 0])
-    np.testing.assert_allclose(losses["prosody"].call(target, seen), [(1 + 0 + 0 + 16) / 4, 0])
-    again = synthesis.OwnError.from_config(losses["prosody"].get_config())
-    assert again.squared
+    deviances = [1 - 1 + np.log(1), np.exp(3) - 3 - 3 * (3 - np.log(3))]
+    np.testing.assert_allclose(losses["prosody"].call(target, seen), [(sum(deviances) + 0 + 16) / 4, 0], rtol=1e-6)
+    silent = np.array([[[0, 0, 1]]], "float32")  # a duration of 0 has a finite error, least far down
+    np.testing.assert_allclose(losses["prosody"].call(silent, np.array([[[-3.0, 0]]], "float32")), [np.exp(-3) / 2])
+    for loss in losses.values():
+        assert type(loss).from_config(loss.get_config()).name == loss.name
+
+
+def test_the_best_duration_is_the_mean():
+    durations = np.array([0.1, 0.1, 0.4, 2.0], "float32")
+    target = np.stack([durations, 0 * durations, 1 + 0 * durations], axis=-1)[:, np.newaxis]
+    logarithms = np.linspace(-3, 1, 4001)
+    errors = [np.mean(synthesis.ProsodyError().call(target, np.full([4, 1, 2], [x, 0], "float32"))) for x in logarithms]
+    assert np.exp(logarithms[np.argmin(errors)]) == pytest.approx(durations.mean(), rel=1e-2)
 
 
 def test_speakers(folder, capsys):
