@@ -4,8 +4,8 @@
     python -m apps.audio.keywords --dataset=speech_commands --features=log_mel --epochs=20
     python -m apps.audio.recognition --task=keywords --dataset=gcin_tones --features=pitch
 
-Expected of the first: 61% of another speaker's tones, where we aim at 75%, and 98% of the same speaker's in other
-syllables (mixed_float16, 2026-11-26).
+Expected of the first: 61% of another speaker's tones, where we aimed at 75%, and 98% of the same speaker's in other
+syllables (mixed_float16, 2026-11-26; RESULTS.md says why).
 
 Convolutions over time and frequency; then the largest value of all frequencies and the mean over a clip's own frames.
 Features are log-mel bands, as words need them, or pitch, as tones need it: the autocorrelation of each frame at lags
