@@ -54,7 +54,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Workers take files in this order by --no-loadscope-reorder.
     """
     waiting = {item.path for item in items if _needs_data(item)}
-    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    slow = collections.Counter(
+        item.path for item in items if item.get_closest_marker("slow") and not item.get_closest_marker("soak")
+    )
     items.sort(key=lambda item: (item.path in waiting, -slow[item.path]))
 
 

@@ -18,8 +18,8 @@ import tensorflow as tf
 
 _APOSTROPHES = str.maketrans("\u2019\u02bc\u2018\u00b4`", "'''''")
 MARK = ","
-_PAUSES = ".,;:!?\u2026\u2013\u2014"
-_DASH = " -+ "  # a hyphen that stands alone
+_PAUSES = ".,;:!?\u2026\u2013\u2014\u037e"
+_DASH = r"[ \t\n]-+[ \t\n]"  # a hyphen that stands alone
 _AROUND_MARK = f" ?{MARK}[ {MARK}]*"
 _RARE = 10  # times that a character is in the training texts, below which it isn't learned; not tuned
 

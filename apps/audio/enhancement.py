@@ -4,7 +4,7 @@
 
 Expected of it: 8.0 dB nearer to the clean speech of the test part than the noisy clips are, by SI-SDR, and 8.8 dB where
 speech and noise are equally loud, in either precision (2026-11-26); benchmarks/spectral_subtraction.py has 1.3 dB in
-both. Each of the 8 epochs takes a minute and a half on 2 cores.
+both. Its 8 epochs took 20 minutes on 2 cores with other programs beside, the first, nearly alone, 98 seconds.
 
 A convolutional recurrent network on the short-time spectrum gives a complex ratio mask: convolutions halve the
 frequencies five times, a bidirectional LSTM looks along time, transposed convolutions double the frequencies again,

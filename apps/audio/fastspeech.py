@@ -23,7 +23,7 @@ import tensorflow as tf
 _HEADS = 2
 _KERNEL, _WIDER = 5, 4  # of the convolutions in a block; the paper has 9, with which they are half of a step
 _PREDICTOR_KERNEL = 3
-_DROPOUT = 0.1  # the paper's predictor has 0.5, with which durations came out shorter than in training
+_DROPOUT = 0.1  # the paper's predictor has 0.5 (RESULTS.md)
 _IN_FLOAT32 = {"dtype": "float32", "autocast": False}
 
 

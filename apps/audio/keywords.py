@@ -1,6 +1,7 @@
 """Keyword spotting: which of a few words is it, or which tone?
 
     python -m apps.audio.keywords --dataset=gcin_tones --features=pitch
+    python -m apps.audio.keywords --dataset=spoken_words_en --features=log_mel
     python -m apps.audio.keywords --dataset=speech_commands --features=log_mel --epochs=20
     python -m apps.audio.recognition --task=keywords --dataset=gcin_tones --features=pitch
 

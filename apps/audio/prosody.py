@@ -117,6 +117,8 @@ class Part:
     def in_batches(self, order: np.ndarray, batch_size: int) -> tf.data.Dataset:
         """Returns batches as `apps.audio.fastspeech` takes them; targets' last number is 1 for what is a row's own.
 
+        Targets have durations divided by `UNIT`.
+
         Args:
             order: as of `apps.batches.in_batches`.
             batch_size: examples in a batch.
@@ -127,13 +129,13 @@ class Part:
                 tf.gather(each, rows).to_tensor()
                 for each in (self._labels, self._durations, self._prosody, self._features)
             )
-            tenths = tf.cast(durations, tf.float32)[..., tf.newaxis] / UNIT
+            tens = tf.cast(durations, tf.float32)[..., tf.newaxis] / UNIT
             own = tf.cast(labels > 0, tf.float32)[..., tf.newaxis]
             frames = tf.gather(self._features, rows).row_lengths()
             own_frames = tf.sequence_mask(frames, tf.shape(features)[1], tf.float32)[..., tf.newaxis]
             targets = {
                 "mel": tf.concat([features, own_frames], axis=2),
-                "prosody": tf.concat([tenths, prosody, own], axis=2),
+                "prosody": tf.concat([tens, prosody, own], axis=2),
             }
             return {"labels": labels, "durations": durations, "prosody": prosody}, targets
 

@@ -5,7 +5,7 @@
     python -m apps.audio.recognition --task=keywords --dataset=gcin_tones --features=pitch
 
 Expected of the first: a character error rate of 32% on levels of the game that it wasn't trained on, 33% in float32,
-after about an hour on 2 cores (2026-11-26).
+after an hour on 2 cores, evaluation and export included (2026-11-26).
 
 Two convolutions over time and frequency, which leave a step for each 40 ms, and bidirectional LSTMs give each step a
 probability of each character; CTC (`apps.audio.ctc`) does without knowing which is said when. The class is that of

@@ -5,7 +5,7 @@
     python -m apps.predict --saved_model=saved_models/speech_synthesis_fillets_cs --output=spoken/ "Dobrý den"
 
 Expected of it: the recogniser gets 38% of the characters of its sentences wrong, 1.5 times as many as of the
-recordings, after about half an hour on 2 cores (mixed_float16, 2026-11-26).
+recordings, after 33 minutes of epochs on 2 cores, with other programs beside (mixed_float16, 2026-11-26).
 
 FastSpeech 2 (`apps.audio.fastspeech`) makes log-mel frames of characters, Griffin-Lim a waveform of them. How long each
 character is said in the recordings tells a recogniser of the same language, by CTC (`apps.audio.listener`), so that is
@@ -100,7 +100,9 @@ class FrameError(keras.losses.Loss):
 
     def call(self, y_true, y_pred):
         """Returns float32 `[batch]`."""
-        own, errors = y_true[..., -1], tf.reduce_mean(self.errors(y_true[..., :-1], y_pred), axis=-1)
+        own = y_true[..., -1]
+        y_pred = tf.where(own[..., tf.newaxis] > 0, y_pred, 0.0)  # what is filled up must not overflow
+        errors = tf.reduce_mean(self.errors(y_true[..., :-1], y_pred), axis=-1)
         return tf.reduce_sum(own * errors, axis=1) / tf.maximum(tf.reduce_sum(own, axis=1), 1.0)
 
     def errors(self, true, predicted):
@@ -110,10 +112,10 @@ class FrameError(keras.losses.Loss):
 
 @keras.saving.register_keras_serializable("tfhalf.apps")
 class ProsodyError(FrameError):
-    """The same of durations, pitch and loudness: the deviance of Poisson's distribution, squared errors.
+    """The same of durations, pitch and loudness: half the deviance of Poisson's distribution, and squared errors.
 
     What is predicted of a duration is its logarithm. Squared errors of logarithms, which the paper has, are least at a
-    geometric mean: speech came out nearly twice as fast as it was. Poisson's are least at the mean.
+    geometric mean, so that speech would be too fast. Poisson's are least at the mean.
     """
 
     def __init__(self, name: str = "prosody_error", **settings):

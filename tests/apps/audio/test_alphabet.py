@@ -34,6 +34,7 @@ def test_normalize(text, expected):
         ("je-li \N{EN DASH} a/b - 'c'?! ", "je li,a b,'c'"),
         (" - a, ... 'b", "a,'b"),
         ("- ,", ""),
+        ("a\n-- b\N{GREEK QUESTION MARK} c", "a,b,c"),
     ],
 )
 def test_normalize_with_marks(text, expected):
