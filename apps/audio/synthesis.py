@@ -255,7 +255,7 @@ def _examples(
 ) -> list[prosody.Example]:
     """What is learned of a part's clips; without those that are too long, or too short for what they say."""
     space, mark = script.encode(" " + alphabet.MARK)
-    labels = [_read(script, text.decode()) for text in texts]
+    labels = [script.encode(alphabet.normalize(text.decode(), with_marks=True)) for text in texts]
     rows = [row for row, own in enumerate(labels) if len(own) and len(sounds[row]) <= _LONGEST * _SAMPLING_RATE]
     runner.say(f"finding out when each character is said in {len(rows):,} {part} clips")
     chosen, own = [clips.to_waveform(sounds[row]) for row in rows], [labels[row] for row in rows]
@@ -272,10 +272,6 @@ def _examples(
     if not found:
         raise runner.AppError(f"no {part} clip is left; choose another --dataset or --speaker")
     return found
-
-
-def _read(script: alphabet.Alphabet, text: str) -> np.ndarray:
-    return script.encode(alphabet.normalize(text, with_marks=True))
 
 
 def _sentences(sounds, texts: np.ndarray, order: np.ndarray, batch_size: int) -> tf.data.Dataset:
