@@ -8,6 +8,7 @@ computes, the same weights in float32, and both again from the artefact on disk.
 from the trained model's by more than the task's margin isn't published.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -34,7 +35,7 @@ _WARMUP_SHARE = 0.05
 # Where things lie, how often they are saved and on how many devices doesn't change what a run is; the plan is compared
 # by content.
 _PATH_FLAGS = {"data_dir", "workdir", "saved_model_dir", "saved_model_name", "saved_model_version", "precision_plan"}
-_MACHINE_FLAGS = {"keep", "checkpoint_seconds", "num_logical_devices"}
+_MACHINE_FLAGS = {"keep", "checkpoint_seconds", "num_logical_devices", "monitor_every"}
 
 Call = Callable[..., dict[str, tf.Tensor]]
 Decide = Callable[[dict[str, tf.Tensor]], dict[str, tf.Tensor]]
@@ -170,6 +171,11 @@ def define_flags(task: Task, values: flags.FlagValues) -> list[str]:
     flags.DEFINE_bool("deterministic", False, "The same numbers in every run, bit by bit; may be slower.", **here)
     accelerate_help = "Put tfhalf's kernels under the model: the same numbers within rounding, faster on a CPU."
     flags.DEFINE_bool("accelerate", True, accelerate_help, **here)
+    monitor_help = (
+        "Steps from one look at what half precision does in each layer to the next, for TensorBoard; and each skipped "
+        "step is put down to the layer where it began. 0: none of it."
+    )
+    flags.DEFINE_integer("monitor_every", 0, monitor_help, 0, **here)
     flags.DEFINE_bool("jit_compile", False, "Compile the training step with XLA; on one device.", **here)
     task.define_flags(values)
     names = sorted(set(values) - others)
@@ -249,20 +255,26 @@ def run(task: Task, options: types.SimpleNamespace) -> tfhalf.Manifest | None:
         _introduce(task, options, model, measured, workers)
         say(f"workdir {workdir}")
 
-    progress = training.fit(
-        model,
-        data.train,
-        data.validation,
-        workdir=workdir,
-        epochs=options.epochs,
-        steps_per_epoch=data.steps_per_epoch,
-        monitor=task.monitor,
-        config=config,
-        keep=options.keep,
-        checkpoint_seconds=options.checkpoint_seconds,
-        show=lambda model: task.show(model, data),
-        report=say,
-    )
+    callbacks = []
+    with contextlib.ExitStack() as closing:
+        if options.monitor_every:
+            callbacks.append(tfhalf.Monitor(workdir / "tensorboard" / "half_precision", options.monitor_every, say))
+            closing.callback(callbacks[0].close)  # after an error too: it says where steps were skipped
+        progress = training.fit(
+            model,
+            data.train,
+            data.validation,
+            workdir=workdir,
+            epochs=options.epochs,
+            steps_per_epoch=data.steps_per_epoch,
+            monitor=task.monitor,
+            config=config,
+            keep=options.keep,
+            checkpoint_seconds=options.checkpoint_seconds,
+            show=lambda model: task.show(model, data),
+            report=say,
+            callbacks=callbacks,
+        )
     manifest = None
     if workers.is_chief:
         manifest = _conclude(task, options, name, config, workdir, data, model, measured, progress)
@@ -339,7 +351,7 @@ def _conclude(task, options, name, config, workdir, data, trained, measured, pro
     )
     say(f"published {bundle}")
     _record(task, workdir, config, progress, scores, answer, bundle, data)
-    say(_summary(task, workdir, bundle, manifest, measured, progress, data, trained))
+    say(_summary(task, options, workdir, bundle, manifest, measured, progress, data, trained))
     return manifest
 
 
@@ -489,7 +501,7 @@ def _record(task: Task, workdir: Path, config, progress, scores, answer, bundle:
         say(f"the test's result couldn't be written to {workdir}: {error}; the bundle has it in its manifest")
 
 
-def _summary(task: Task, workdir: Path, bundle: Path, manifest, measured, progress, data: Data, model) -> str:
+def _summary(task: Task, options, workdir: Path, bundle: Path, manifest, measured, progress, data: Data, model) -> str:
     metrics = manifest.metadata["metrics"]
     float32_bytes = sum(int(np.prod(weight.shape)) * 4 for weight in model.weights)
     lines = [
@@ -510,6 +522,7 @@ def _summary(task: Task, workdir: Path, bundle: Path, manifest, measured, progre
         batches = progress.epoch * data.steps_per_epoch
         lines.append(
             f"  loss scale      {scaled.scale:g} at the end; {scaled.steps_skipped} of {batches} steps skipped"
+            + ("; --monitor_every=50 tells where" if scaled.steps_skipped and not options.monitor_every else "")
         )
     errors = ", ".join(
         f"{name} {max(signature['max_error'].values()):.1e} (at most {signature['tolerance']:g})"

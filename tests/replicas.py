@@ -10,12 +10,14 @@ import argparse
 import json
 import tempfile
 import zlib
+from pathlib import Path
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tfhalf import LossScaleOptimizer, PrecisionPlan, compilation, distribution, training
+from tests import planted
+from tfhalf import LossScaleOptimizer, Monitor, PrecisionPlan, compilation, distribution, training
 
 NUM_STEPS = 8
 BAD_STEPS = (2, 3)
@@ -288,6 +290,58 @@ def case_resume(strategy: tf.distribute.Strategy, every: bool) -> dict:
     }
 
 
+def case_monitor(strategy: tf.distribute.Strategy, every: bool) -> dict:
+    """Overflows planted in one replica's part of a batch, forward or backward; and the weights without the monitor."""
+    random, trials = np.random.default_rng(0), []
+    num = strategy.num_replicas_in_sync
+
+    def build():
+        with strategy.scope():
+            model, plants = planted.build(depth=2)
+            settings = {"max_consecutive_skips": 1000, "initial_scale": 2.0**10, "min_scale": 2.0**10}
+            compilation.compile_model(model, LossScaleOptimizer(keras.optimizers.Adam(1e-3), **settings), loss="mse")
+        return model, plants
+
+    def batch(marked: int | None):
+        """A mark in a replica's part lets the plants of that replica act."""
+        x = random.normal(size=[BATCH, 16]).astype("float32")
+        x[:, 0] = 0.0
+        if marked is not None:
+            x[marked * BATCH // num : (marked + 1) * BATCH // num, 0] = 1.0
+        return tf.data.Dataset.from_tensors((x, x[:, :4])).repeat(2)
+
+    weights = []
+    for watched in (False, True):
+        random = np.random.default_rng(0)
+        model, plants = build()
+        with tempfile.TemporaryDirectory() as folder:
+            callbacks = [Monitor(folder, every=3, report=lambda line: None)] if watched else []
+            for _ in range(20 if every else 6):
+                kind, index = random.choice(["forward", "backward"]), random.integers(1, len(plants))
+                replica, path = int(random.integers(num)), sorted(plants)[index]
+                plants[path].plant(kind)
+                data = distribution.shard(batch(replica).unbatch().batch(BATCH))
+                model.fit(data, steps_per_epoch=2, verbose=0, callbacks=callbacks)
+                plants[path].plant(None)
+                trials.append([path, kind, replica])
+            path = sorted(plants)[-1]
+            plants[path].plant("forward")
+            x, y = next(batch(num - 1).as_numpy_iterator())
+            data = distribution.shard(tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH))
+            model.evaluate(data, verbose=0, callbacks=callbacks)
+            plants[path].plant(None)
+            files = [*Path(folder).glob("*.jsonl")]
+            found = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        weights.append(digest([*model.variables, *model.optimizer.variables]))
+    return {
+        "same_weights": weights[0] == weights[1],
+        "planted": trials[len(trials) // 2 :],
+        "found": [[each["layer"], each["phase"], each["replica"]] for each in found if each["kind"] == "skipped"],
+        "evaluated": [[each["layer"], each["replica"]] for each in found if each["kind"] == "evaluation"],
+        "equal": equal_replicas(strategy, model.weights),
+    }
+
+
 def case_agree(strategy: tf.distribute.Strategy, every: bool) -> dict:
     """What workers decide together, and the parts of a batch that each of them sees."""
     workers = distribution.Workers(strategy)
@@ -320,7 +374,9 @@ def case_agree(strategy: tf.distribute.Strategy, every: bool) -> dict:
 def main() -> None:
     """Runs one case."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--case", choices=("steps", "stock", "stock_fit", "fit", "probing", "resume", "agree"))
+    parser.add_argument(
+        "--case", choices=("steps", "stock", "stock_fit", "fit", "probing", "resume", "monitor", "agree")
+    )
     parser.add_argument("--distribute", choices=("mirrored", "multi_worker"))
     parser.add_argument("--every", action="store_true")
     given = parser.parse_args()

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import tfhalf
 from tests.test_optimizer import replicas
-from tfhalf import PrecisionPlan, compile_model
+from tfhalf import PrecisionPlan, compilation, compile_model
 
 HALVES = ("mixed_float16", "mixed_bfloat16")
 
@@ -31,6 +31,17 @@ def test_loss_is_scaled_for_one_float16_layer_in_a_float32_model(build_convnet):
     assert not isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     assert isinstance(compiled(model, initial_scale=4.0).optimizer, tfhalf.LossScaleOptimizer)
     assert model.optimizer.scale == 4.0
+
+
+def test_model_shows_that_it_was_compiled_by_us(build_convnet):
+    model = build_convnet()
+    model.compile("sgd", "mse")
+    assert not compilation.compiled_by_us(model)
+    assert compilation.compiled_by_us(compiled(model))
+    assert compilation.compiled_by_us(compiled(build_convnet("float32")))
+    model.compile("sgd", "mse")  # leaves on the model what we put there
+    assert compilation.compiled_by_us(model)
+    assert not compilation.compiled_by_us(keras.models.clone_model(model))
 
 
 def test_half_outputs_are_refused(build_convnet):
@@ -230,7 +241,9 @@ def test_stock_keras_cannot_fit_on_two_workers():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("distribute", "processes"), [("mirrored", 1), ("multi_worker", 2)])
+@pytest.mark.parametrize(
+    ("distribute", "processes"), [("mirrored", 1), pytest.param("multi_worker", 2, marks=pytest.mark.soak)]
+)
 def test_fit_on_two_replicas_equals_one_device_in_every_policy(distribute, processes):
     # KERAS.md rows 3, 8 and 9.
     results = replicas("fit", distribute)

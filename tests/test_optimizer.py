@@ -614,7 +614,9 @@ def test_stock_keras_is_wrong_on_two_replicas():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("distribute", "processes"), [("mirrored", 1), ("multi_worker", 2)])
+@pytest.mark.parametrize(
+    ("distribute", "processes"), [("mirrored", 1), pytest.param("multi_worker", 2, marks=pytest.mark.soak)]
+)
 def test_scale_that_probes_for_the_overflow_again_and_again_keeps_replicas_equal(distribute, processes):
     check_probing(replicas("probing", distribute), processes, num_steps=128)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from keras.dtype_policies import DTypePolicy, DTypePolicyMap
 
 from tfhalf import precision
 from tfhalf.precision import PrecisionPlan
@@ -152,6 +153,42 @@ def test_computing_in_switches_half_layers_and_comes_back(build_convnet, picture
         assert model.get_layer("head").compute_dtype == "float32"
         raise KeyError
     np.testing.assert_array_equal(model(pictures), half)
+
+
+def mapped_twins() -> tuple[DTypePolicyMap, list[keras.Model]]:
+    """Two models whose layers have the same paths, made under one map."""
+    policies = DTypePolicyMap("mixed_float16", {"twin/head": DTypePolicy("float32")})
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policies)
+    try:
+        body, head = (lambda: keras.layers.Dense(4, name="body")), (lambda: keras.layers.Dense(4, name="head"))
+        return policies, [keras.Sequential([keras.Input([4]), body(), head()], name="twin") for _ in range(2)]
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def computed(model) -> list[str]:
+    return [layer.compute_dtype for layer in model.layers]
+
+
+def test_computing_in_leaves_a_shared_policy_map_alone():
+    # Keras' setter of a layer's policy writes into the map instead.
+    policies, (model, other) = mapped_twins()
+    with precision.computing_in(model, "float32"):
+        assert computed(model) == ["float32", "float32"]
+        assert computed(other) == ["float16", "float32"]
+    assert computed(model) == computed(other) == ["float16", "float32"]
+    assert list(policies) == ["twin/head"]
+    assert all(layer.dtype_policy is policies for layer in [model, *model.layers])
+
+
+def test_apply_leaves_a_shared_policy_map_alone():
+    policies, (model, other) = mapped_twins()
+    plan = PrecisionPlan(layers={"head": "mixed_bfloat16", "body": "float32"})
+    for _ in range(2):
+        assert computed(plan.apply(model)) == ["float32", "bfloat16"]
+    assert computed(other) == ["float16", "float32"]
+    assert {key: policy.name for key, policy in policies.items()} == {"twin/head": "float32"}
 
 
 def test_half_outputs_are_refused_with_the_fix(build_convnet):

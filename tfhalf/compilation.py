@@ -89,12 +89,20 @@ def compile_model(
         spread_random_states(model)
 
 
+def compiled_by_us(model: keras.Model) -> bool:
+    """Returns whether a model has what `compile_model` puts on it.
+
+    Keras' own `compile` doesn't take it off: losses that layers add are still summed in float32 then, but a skipped
+    step is no longer taken back. A loaded or cloned model has none of it.
+    """
+    return "_aggregate_additional_loss" in vars(model)
+
+
 def spread_random_states(model: keras.Model) -> None:
     """Makes every replica's random states differ from the first one's, which stays; again after all were set alike."""
     if _strategy(model) is None:
         return
-    others = {id(variable) for variable in [*model.weights, *model.metrics_variables]}
-    states = [variable for variable in model.variables if id(variable) not in others]
+    states = random_states(model)
 
     def spread():
         replica = tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.int64)
@@ -103,6 +111,12 @@ def spread_random_states(model: keras.Model) -> None:
             state.assign(tf.stack([(seed + replica * _SEED_STEP) % 2**32, count]))
 
     _strategy(model).run(spread)
+
+
+def random_states(model: keras.Model) -> list[keras.Variable]:
+    """Returns the variables that a model's random layers draw their next numbers from."""
+    others = {id(variable) for variable in [*model.weights, *model.metrics_variables]}
+    return [variable for variable in model.variables if id(variable) not in others]
 
 
 def _strategy(model: keras.Model) -> tf.distribute.Strategy | None:

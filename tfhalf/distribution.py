@@ -118,6 +118,8 @@ class Workers:
 
     Attributes:
         num_replicas: parts that a batch is divided into.
+        index: this process's number, from 0.
+        first_replica: the number of this process's first replica.
         is_chief: whether this process is the one that writes.
         several: whether there are others.
     """
@@ -128,7 +130,10 @@ class Workers:
         )
         self.num_replicas = strategy.num_replicas_in_sync
         self.several = resolver is not None and len(resolver.cluster_spec().as_dict().get("worker", [])) > 1
-        self.is_chief = resolver is None or not resolver.task_id
+        self.index = (resolver and resolver.task_id) or 0
+        self.is_chief = not self.index
+        num_workers = len(resolver.cluster_spec().as_dict()["worker"]) if self.several else 1
+        self.first_replica = self.index * (self.num_replicas // num_workers)
 
         @tf.function(autograph=False)
         def sum_over_replicas(numbers):

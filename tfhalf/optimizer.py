@@ -188,6 +188,12 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return 0 if not self.built else _read(self._consecutive, int)
 
     @property
+    def batches_seen(self):
+        """Batches that `apply` was called for: taken, accumulated and skipped; an int."""
+        waiting = 0 if not self.built else _read(self._accumulated, int)
+        return self.steps_taken * self.gradient_accumulation_steps + waiting + self.steps_skipped
+
+    @property
     def stalled(self):
         """Whether the last `max_consecutive_skips` batches were all skipped."""
         return self.consecutive_skips >= self.max_consecutive_skips

@@ -24,12 +24,14 @@ from pathlib import Path
 import keras
 import numpy as np
 import tensorflow as tf
+from keras.dtype_policies import DTypePolicyMap
 
 HALF_DTYPES = ("float16", "bfloat16")
 # Methods that `tfhalf.accelerate` replaces on a layer's instance.
 KERNEL_ATTRIBUTES = ("call", "_compute_attention", "inner_loop")
 KERNEL_MARK = "is_a_kernel"
-_NORMALIZATIONS = (
+# They compute in float32 inside, whatever half policy they have.
+NORMALIZATIONS = (
     keras.layers.BatchNormalization,
     keras.layers.LayerNormalization,
     keras.layers.GroupNormalization,
@@ -149,7 +151,7 @@ class PrecisionPlan:
                     )
                 chosen[path] = pattern
         for path, pattern in chosen.items():
-            layers[path].dtype_policy = self.layers[pattern]
+            _set_policy(layers[path], self.layers[pattern])
         # Functions that Keras has traced already hold the old dtypes.
         model.train_function = model.test_function = model.predict_function = None
         return model
@@ -208,11 +210,11 @@ def computing_in(model: keras.Model, dtype: str) -> Iterator[None]:
     before = [layer.dtype_policy for layer in halves]
     try:
         for layer in halves:
-            layer.dtype_policy = policy
+            _set_policy(layer, policy)
         yield
     finally:
         for layer, old in zip(halves, before, strict=True):
-            layer.dtype_policy = old
+            _set_policy(layer, old)
 
 
 @contextlib.contextmanager
@@ -260,7 +262,7 @@ def require_float32_outputs(model: keras.Model, inputs=None) -> None:
     Raises:
         ValueError: an output isn't float32; the message says which and how to mend it.
     """
-    _, outputs = _trace(model, inputs)
+    _, outputs = trace(model, inputs)
     for name, output in zip(output_names(model, outputs), tf.nest.flatten(outputs), strict=True):
         if output.dtype in (tf.float16, tf.bfloat16):
             raise ValueError(
@@ -367,7 +369,7 @@ def coverage(model: keras.Model, inputs=None) -> Coverage:
         raise ValueError(f"model {model.name!r}: {open_shapes[0]!r} has an open shape; pass inputs=<a sample batch>")
     work: dict[int, dict[str, int]] = {}
     with without_kernels(model), _counting(model, work):
-        _trace(model, inputs)
+        trace(model, inputs)
     rows = []
     for path, layer in layers_by_path(model).items():
         dtypes = work.get(id(layer), {})
@@ -389,7 +391,7 @@ def coverage(model: keras.Model, inputs=None) -> Coverage:
 def _why_not_half(layer: keras.Layer, dtypes: dict[str, int]) -> str:
     if layer.compute_dtype not in HALF_DTYPES:
         return f"its policy is {layer.dtype_policy.name}"
-    if isinstance(layer, _NORMALIZATIONS):
+    if isinstance(layer, NORMALIZATIONS):
         return "normalisation computes in float32"
     if dtypes and not set(dtypes) & set(HALF_DTYPES):
         return f"its operations run in {'/'.join(sorted(dtypes))} although its policy is {layer.dtype_policy.name}"
@@ -402,10 +404,10 @@ def traced_graph(model: keras.Model) -> tf.Graph:
     Raises:
         ValueError: the model doesn't know its input shapes.
     """
-    return _trace(model, None)[0]
+    return trace(model, None)[0]
 
 
-def _trace(model: keras.Model, inputs):
+def trace(model: keras.Model, inputs):
     """Traces one forward pass over a sample batch, or over the model's own input shapes; returns (graph, outputs)."""
     if inputs is not None:
         specs = tf.nest.map_structure(lambda value: tf.TensorSpec(np.shape(value), tf.as_dtype(value.dtype)), inputs)
@@ -502,6 +504,14 @@ def _multiply_adds(operation: tf.Operation) -> int:
         }
         return math.prod(sizes.values())
     return 0
+
+
+def _set_policy(layer: keras.Layer, policy: str | keras.DTypePolicy) -> None:
+    if isinstance(layer.dtype_policy, DTypePolicyMap):
+        # Private Keras: its setter would write into the map, which other layers and models share.
+        layer._dtype_policy = keras.dtype_policies.get(policy)
+    else:
+        layer.dtype_policy = policy
 
 
 def _check_policy(policy: str, where: str) -> None:

@@ -21,7 +21,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,7 @@ def fit(
     checkpoint_seconds: float = 300.0,
     show: Callable[[keras.Model], dict[str, bytes]] | None = None,
     report: Callable[[str], None] = lambda line: None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> Progress:
     """Trains, or goes on where this folder's run stopped, and leaves the best epoch's weights in the model.
 
@@ -109,6 +110,7 @@ def fit(
         checkpoint_seconds: time between checkpoints within an epoch; there is one after each epoch anyway.
         show: gives what `shown` of `write_results` is, after each epoch, for TensorBoard.
         report: is called with each line that a person should read, in the chief only.
+        callbacks: more of Keras' callbacks, called before those that save and stop.
 
     Returns:
         The run's `Progress`.
@@ -140,10 +142,10 @@ def fit(
                     first = progress.step
                     watch = _Watch(first, report)
                     saver = _Saver(run, monitor, watch, stop, checkpoint_seconds)
-                    callbacks = [watch, saver]
+                    called = [*callbacks, watch, saver]
                     if workers.is_chief:
                         progress_bar = reporting.ProgressBar(steps_per_epoch, first, epochs, report)
-                        callbacks = [progress_bar, watch, board, saver]
+                        called = [progress_bar, *callbacks, watch, board, saver]
                     with watch.explained():
                         model.fit(
                             distribution.shard(distribution.even(train_data(epoch).skip(first), workers.num_replicas)),
@@ -153,7 +155,7 @@ def fit(
                             validation_data=distribution.shard(validation_data),
                             shuffle=False,
                             verbose=0,
-                            callbacks=callbacks,
+                            callbacks=called,
                         )
             if not progress.best_epoch:
                 raise TrainingError(f"{monitor} wasn't finite in any epoch; compare with a float32 run")

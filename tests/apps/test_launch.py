@@ -116,6 +116,7 @@ def test_killed_launcher_leaves_no_orphan():
 
 
 @pytest.mark.slow
+@pytest.mark.soak  # three trainings of two processes each; test_optimizer.py compares two workers with one device
 def test_two_workers_train_stop_together_and_go_on_to_the_same_result(data_dir, tmp_path):
     flags = [f"--data_dir={data_dir}", "--epochs=2", "--steps_per_epoch=20", "--batch_size=48", "--deterministic"]
 

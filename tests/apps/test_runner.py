@@ -23,7 +23,8 @@ APP = "apps.image.classification"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", [pytest.param("float32", marks=pytest.mark.soak), "mixed_bfloat16"])
+@pytest.mark.soak
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_short_run_in_the_other_policies(policy, data_dir, tmp_path):
     arguments = [APP, f"--dtype_policy={policy}", f"--data_dir={data_dir}", "--epochs=1", "--steps_per_epoch=30"]
     result = run_module(

@@ -1,0 +1,96 @@
+"""What programs share that work on whichever app `--app` names: its flags, its data, its model as the runner builds it.
+
+An app is named as its module is, without "apps.": `--app=image.classification`. Its flags can be defined only once its
+name is known, so the name is read from the command line before the flags are parsed.
+"""
+
+import ast
+import importlib
+import types
+from pathlib import Path
+
+import keras
+from absl import flags
+
+from apps import runner
+
+_FOLDER = Path(__file__).parent
+
+
+def names() -> list[str]:
+    """Returns the apps' names: every module in a folder of `apps` that sets TASK. None is imported."""
+    found = []
+    for path in sorted(_FOLDER.glob("*/*.py")):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+        if any(isinstance(target, ast.Name) and target.id == "TASK" for target in targets):
+            found.append(f"{path.parent.name}.{path.stem}")
+    return found
+
+
+def task_of(name: str) -> runner.Task:
+    """Returns an app's task.
+
+    Raises:
+        AppError: there is no such app; the message lists those that there are.
+    """
+    if name not in (known := names()):
+        raise runner.AppError(f"--app={name} is none of the apps: {', '.join(known)}")
+    return importlib.import_module(f"apps.{name}").TASK
+
+
+def define_flags(argv: list[str], values: flags.FlagValues) -> tuple[runner.Task | None, list[str]]:
+    """Defines --app, and the flags of the app that the command line names.
+
+    Args:
+        argv: the command line, the program's name first.
+        values: where the flags are defined; the program's own are there already.
+
+    Returns:
+        The app's task, None where --app isn't given; and the names of its flags.
+
+    Raises:
+        AppError: there is no such app.
+    """
+    about = f"An app, whose flags follow: {', '.join(names())}. Add --help to see its flags."
+    flags.DEFINE_string("app", None, about, flag_values=values)
+    values.register_key_flag_for_module(argv[0], values["app"])
+    name = _named(argv)
+    if name is None:
+        return None, []
+    task = task_of(name)
+    return task, runner.define_flags(task, values)
+
+
+def _named(argv: list[str]) -> str | None:
+    """The last --app on the command line, as absl reads it."""
+    name = None
+    for index, argument in enumerate(argv[1:], 1):
+        if argument == "--":
+            break
+        flag, given, value = argument.partition("=")
+        if flag in ("--app", "-app"):
+            name = value if given else next(iter(argv[index + 1 :]), "")
+    return name
+
+
+def load(
+    task: runner.Task, options: types.SimpleNamespace
+) -> tuple[runner.Task, types.SimpleNamespace, runner.Data, keras.Model]:
+    """Loads an app's data and builds its compiled model, on one device.
+
+    Args:
+        task: the app's task.
+        options: its parsed flags, as `runner.options_of` gives them.
+
+    Returns:
+        The task and the flags as the task chose them, its data, its model.
+
+    Raises:
+        AppError: a flag has no effect here, or something that the runner refuses.
+    """
+    if options.distribute != "none":
+        raise runner.AppError(f"--distribute={options.distribute} has no effect here: it is done on one device")
+    task, options = runner.chosen(task, options)
+    data = runner.load(task, options)
+    return task, options, data, runner.build(task, options, data)

@@ -1,0 +1,130 @@
+"""A model's twin in float32: the same weights and the same batch, computed without half precision.
+
+`precision.computing_in(model, "float32")` makes it. What differs between the two is what half precision does, if all
+else is the same, and for this is what is here: layers that draw random numbers are silenced, and batches are as `fit`
+hands them to a step. `tfhalf.scale_window` and `tfhalf.comparison` measure what differs. They make passes beside the
+training step, as `tfhalf.taps` does, and leave no trace.
+
+Layers that draw random numbers are called as in inference in both twins, with what is inside them, since their draws
+depend on the dtype. These are layers with a `keras.random.SeedGenerator` of their own whose call has an argument
+`training`: Dropout, noise, augmentation, cells with dropout. Not silenced is what draws without either, as `tf.random`
+in a call, or a layer that samples in inference too; it looks like a difference of precision.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from tfhalf import precision
+
+# Of a relative error. A hundred roundings of float16 in one direction, or ten thousand at random (2^-11 * 100 = 0.049):
+# what adds up to more isn't rounding.
+TOLERANCE = 0.05
+MOST_ROWS = 40  # of a table or a picture
+
+
+@contextlib.contextmanager
+def without_randomness(model: keras.Model) -> Iterator[None]:
+    """Calls every layer that draws random numbers as in inference while the block runs.
+
+    Args:
+        model: whose layers; inside of the block they are called by another `call`, afterwards as before.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dropout(0.5)])
+    >>> with without_randomness(model):
+    ...     model(np.ones([1, 2]), training=True).numpy()
+    array([[1., 1.]], dtype=float32)
+    """
+
+    def silence(layer: keras.Layer) -> None:
+        original = layer.call
+
+        def call(*args, **kwargs):
+            return original(*args, **kwargs | ({"training": False} if "training" in kwargs else {}))
+
+        # Not by setattr: Keras locks a built layer against new attributes that hold state, and this is none.
+        layer.__dict__["call"] = call
+
+    layers = [layer for layer in precision.layers_by_path(model).values() if _draws(layer)]
+    before = [layer.__dict__.get("call") for layer in layers]
+    try:
+        for layer in layers:
+            silence(layer)
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            layer.__dict__.pop("call", None)
+            if own is not None:
+                layer.__dict__["call"] = own
+
+
+def _draws(layer: keras.Layer) -> bool:
+    """Whether a layer has a generator of its own; Keras lists those that were set as attributes."""
+    values = [each for own in vars(layer).values() for each in (own if isinstance(own, list | tuple) else [own])]
+    return any(isinstance(value, keras.random.SeedGenerator) for value in values)
+
+
+def require_half(model: keras.Model, dtypes: Sequence[str]) -> str:
+    """Refuses a model that can't be measured.
+
+    Args:
+        model: compiled; some layer computes in one of the dtypes.
+        dtypes: "float16", "bfloat16", or both.
+
+    Returns:
+        The first of the dtypes that the model computes in.
+
+    Raises:
+        ValueError: the model isn't compiled, or nothing in it computes in any of the dtypes.
+    """
+    if not getattr(model, "compiled", False):
+        raise ValueError(f"model {model.name!r} isn't compiled: there is no loss to take the gradient of")
+    found = precision.compute_dtypes(model)
+    if not found & set(dtypes):
+        raise ValueError(
+            f"model {model.name!r}: no layer computes in {' or '.join(dtypes)}, but in {', '.join(sorted(found))}: "
+            "there is nothing to measure"
+        )
+    return next(dtype for dtype in dtypes if dtype in found)
+
+
+def tensors(data):
+    """Returns a batch as `fit` hands it to a step.
+
+    Args:
+        data: x, or (x, y), or (x, y, sample_weight), of arrays or numbers, nested as the model takes them.
+
+    Returns:
+        The same, of tensors; what is float64 has become float32. What is no array stays, as a tensor does.
+    """
+
+    def convert(value):
+        if not isinstance(value, np.ndarray | np.generic | list | int | float):
+            return value
+        value = np.asarray(value)
+        return tf.convert_to_tensor(value.astype("float32") if value.dtype == "float64" else value)
+
+    return keras.tree.map_structure(convert, data)
+
+
+def plain(value):
+    """Returns a value as JSON has it, which knows no NaN and no infinity: they become words."""
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def png(figure: Figure) -> bytes:
+    """Returns a figure as a PNG picture."""
+    file = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(file)
+    return file.getvalue()
