@@ -8,7 +8,7 @@ Number, non-finite values, maximum and norm are exact; the shares and the histog
 group, spread evenly over it by the golden ratio, so that no channel is preferred.
 
 A half tensor's zeros are those that were flushed and those that are exact, as behind a ReLU: the tensor doesn't tell.
-`tfhalf.twins.loss_scale_window` tells them apart with a twin in float32.
+`tfhalf.loss_scale_window` tells them apart with a twin in float32.
 
 Source: Micikevicius et al. 2018, section 3.2 and figure 3, https://arxiv.org/abs/1710.03740
 """
