@@ -118,10 +118,14 @@ def audited(task: runner.Task | None, options: types.SimpleNamespace) -> list[ha
     """
     with contextlib.redirect_stdout(sys.stderr):
         if task is None:
-            return hazards.audit(load_model(options.keras_file, options.imports))
-        *_, data, model = any_app.load(task, options)
-        inputs, _ = next(iter(data.train(0)))
-        return hazards.audit(model, inputs)
+            model, inputs = load_model(options.keras_file, options.imports), None
+        else:
+            *_, data, model = any_app.load(task, options)
+            inputs, _ = next(iter(data.train(0)))
+        try:
+            return hazards.audit(model, inputs)
+        except ValueError as error:  # it isn't built, or fails in float32 too
+            raise runner.AppError(_first_line(error)) from error
 
 
 def compared_with_float32(task: runner.Task, options: types.SimpleNamespace) -> comparison.Comparison:

@@ -72,6 +72,13 @@ def test_several_tensors_are_one_group_and_infinities_spoil_nothing():
     assert Statistics.of(exponents.measure([]).numpy(), "float16").non_finite == 0.0
 
 
+def test_each_tensor_of_a_group_counts_by_its_size():
+    kernel, bias = np.ones([300, 300], "float32"), np.zeros([300], "float32")
+    found = statistics(kernel, bias, dtype="float16")
+    assert found.zero == pytest.approx(300 / 90_300, rel=1e-3)
+    assert found.exponent_shares[-exponents.LOWEST] == pytest.approx(90_000 / 90_300, rel=1e-3)
+
+
 @pytest.mark.parametrize("channels", [3, 64, 96])
 def test_sample_of_a_large_tensor_prefers_no_channel(channels):
     values = np.zeros([100_000, channels], "float16")

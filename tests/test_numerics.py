@@ -278,6 +278,48 @@ def test_counts_go_on_and_what_is_put_on_a_model_comes_off(tmp_path):
     assert len(records(second, "statistics")) == 2
 
 
+def test_keras_compiling_again_is_noticed(tmp_path):
+    x, y = np.ones([16, 4], "float32"), np.zeros([16, 2], "float32")
+    model = compiled(lambda: [keras.layers.Dense(8, name="body"), head()])
+    monitor = Monitor(tmp_path, report=lambda line: None)
+    model.fit(x, y, batch_size=8, callbacks=[monitor], verbose=0)
+    model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)), "mse")
+    x[8:] = 70_000.0
+    model.fit(x, y, batch_size=8, shuffle=False, callbacks=[monitor], verbose=0)
+    assert [(record["step"], record["layer"]) for record in records(monitor, "skipped")] == [(2, "body")]
+
+
+class OwnLoss(keras.Model):
+    """A model in Keras' older way: no `training` in `call` and `compute_loss`, no loss in what evaluation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.drop, self.head = keras.layers.Dense(8), keras.layers.Dropout(0.5), head()
+
+    def call(self, x):
+        return self.head(self.drop(self.body(x)))
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return 3.0 * keras.ops.mean((y - y_pred) ** 2)
+
+    def test_step(self, data):
+        return {"error": tf.zeros([])}
+
+
+def test_models_in_an_older_way_are_replayed_as_keras_steps(tmp_path):
+    x, y = np.ones([8, 4], "float32"), np.zeros([8, 2], "float32")
+    keras.utils.set_random_seed(1)
+    with tfhalf.PrecisionPlan().scope():
+        model = OwnLoss()
+    model(x)
+    model.compile(tfhalf.LossScaleOptimizer(keras.optimizers.SGD(0.1)))
+    expected = 3.0 * np.mean(np.square(model(x)))  # without dropout, as Keras steps
+    monitor = Monitor(tmp_path)
+    logs = model.fit(x, y, batch_size=8, callbacks=[monitor], validation_data=(x, y), verbose=0).history
+    (record,) = records(monitor, "statistics")
+    assert record["loss"] == pytest.approx(logs["loss"][0]) == pytest.approx(expected, rel=1e-3)
+
+
 def test_bad_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match="every must be at least 1, and whole; got 0"):
         Monitor(tmp_path, every=0)

@@ -50,7 +50,9 @@ class Board:
                 self._has_layout = True
                 _write(custom_scalars.pb(_layout(statistics[0]["layers"])), 0)
             for record in statistics:
-                summary = scalars.scalar_pb("half_precision/log2_loss_scale", np.log2(record["scale"]))
+                summary = scalars.scalar_pb(
+                    "half_precision/log2_loss_scale", np.log2(max(record["scale"], 2.0 ** RANGES["float32"].normal))
+                )
                 for tag, value in _values(record["layers"]).items():
                     summary.MergeFrom(scalars.scalar_pb(tag, value))
                 _write(summary, record["step"])

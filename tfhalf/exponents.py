@@ -49,12 +49,12 @@ def measure(tensors: list[tf.Tensor]) -> tf.Tensor:
     """Measures a group of float tensors together, in the graph: float32 `[WIDTH]`, for `Statistics`."""
     if not tensors:
         return tf.zeros([WIDTH])
-    exact, samples = zip(
+    exact, samples, shares = zip(
         *(_measure_one(tf.reshape(tensor, [-1]), SAMPLE // len(tensors)) for tensor in tensors), strict=True
     )
     count, non_finite, maximum, norms = tf.unstack(tf.stack(exact), axis=1)
     head = [tf.reduce_sum(count), tf.reduce_sum(non_finite), tf.reduce_max(maximum), _norm(norms, tf.reduce_max(norms))]
-    return tf.concat([tf.stack(head), _histogram(tf.concat(samples, 0))], 0)
+    return tf.concat([tf.stack(head), _histogram(tf.concat(samples, 0), tf.concat(shares, 0))], 0)
 
 
 def merged(rows: np.ndarray) -> np.ndarray:
@@ -84,8 +84,8 @@ def _extremes_of(values: tf.Tensor) -> tf.Tensor:
     return tf.stack([_number(tf.logical_not(finite)), tf.maximum(largest, 0.0), smallest])
 
 
-def _measure_one(values: tf.Tensor, most: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns what is exact of one tensor, float32 `[4]`, and at most so many of its values."""
+def _measure_one(values: tf.Tensor, most: int) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Returns what is exact of one tensor, float32 `[4]`, some of its values, and how many each of them stands for."""
     size = tf.size(values)
     spread = tf.cast(tf.cast(tf.constant(_SPREAD[:most]), tf.float64) * tf.cast(size, tf.float64), tf.int32)
     indices = tf.where(size > most, spread, tf.minimum(tf.range(min(most, SAMPLE)), tf.maximum(size - 1, 0)))
@@ -95,7 +95,9 @@ def _measure_one(values: tf.Tensor, most: int) -> tuple[tf.Tensor, tf.Tensor]:
     top = tf.maximum(tf.reduce_max(tf.bitwise.bitwise_and(bits, bits.dtype.max)), 0)  # of nothing it is the lowest
     largest = tf.cast(tf.bitcast(top, values.dtype), tf.float32)
     exact = tf.cond(largest < _SQUARES_FIT, lambda: _of_finite(values, largest), lambda: _of_any(values))
-    return tf.concat([[tf.cast(size, tf.float32)], exact], 0), sample
+    count, taken = tf.cast(size, tf.float32), tf.cast(tf.size(sample), tf.float32)
+    shares = tf.fill([tf.size(sample)], count / tf.maximum(taken, 1.0))
+    return tf.concat([[count], exact], 0), sample, shares
 
 
 def _of_finite(values: tf.Tensor, largest: tf.Tensor) -> tf.Tensor:
@@ -129,13 +131,13 @@ def _bins_of_exponents() -> np.ndarray:
     return bins.astype("int32")
 
 
-def _histogram(values: tf.Tensor) -> tf.Tensor:
+def _histogram(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
     """Shares of the bins, float32 `[_NUM_BINS]`."""
     bits = tf.bitwise.bitwise_and(tf.bitcast(values, tf.int32), 0x7FFFFFFF)
     bins = tf.gather(tf.constant(_bins_of_exponents()), tf.bitwise.right_shift(bits, 23))
     bins = tf.where(tf.equal(bits, 0), 0, bins)
-    counts = tf.math.unsorted_segment_sum(tf.ones_like(values), bins, _NUM_BINS)
-    return counts / tf.maximum(tf.cast(tf.size(values), tf.float32), 1.0)
+    counts = tf.math.unsorted_segment_sum(weights, bins, _NUM_BINS)
+    return counts / tf.maximum(tf.reduce_sum(weights), 1.0)
 
 
 @dataclasses.dataclass(frozen=True)

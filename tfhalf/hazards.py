@@ -49,7 +49,7 @@ import numpy as np
 import tensorflow as tf
 from keras.dtype_policies import DTypePolicyMap
 
-from tfhalf import compilation, kernels, precision
+from tfhalf import bundle, compilation, kernels, precision
 from tfhalf.evidence import (
     Evidence,
     accelerated,
@@ -410,7 +410,7 @@ def _fails_in_half(evidence: Evidence) -> Iterator[Row]:
     for seen in (evidence.trace, evidence.run):
         if seen.error:
             path, error = seen.error
-            message = f"the forward pass fails in half, not in float32: {str(error).splitlines()[0]}"
+            message = f"the forward pass fails in half, not in float32: {bundle.first_line(error)}"
             yield path, "error", message, _keep_in_float32(path)
             return
 

@@ -122,14 +122,16 @@ class Monitor(keras.callbacks.Callback):
         records = self._recorder.read_evaluations()
         self._write(records)
         if records:
-            first = records[0]
+            first, num_batches = records[0], len({record["batch"] for record in records})
             self._report(
-                f"evaluation: {first['what']} of {first['layer']} isn't finite in {len(records)} of the batches that "
+                f"evaluation: {first['what']} of {first['layer']} isn't finite in {num_batches} of the batches that "
                 f"were looked at, batch {first['batch']} first; loss scaling can't see it"
             )
 
     def _tell(self) -> None:
-        for line in _in_words(self._skips, self._recorder.step() - self._first_step):
+        for line in _in_words(
+            self._skips, self._recorder.step() - self._first_step, self._recorder.workers.num_replicas > 1
+        ):
             self._report(line)
         self._skips = []
 
@@ -163,7 +165,7 @@ class Monitor(keras.callbacks.Callback):
             self._file = None
 
 
-def _in_words(skips: list[dict], steps: int) -> list[str]:
+def _in_words(skips: list[dict], steps: int, several: bool) -> list[str]:
     """Says where an epoch's skipped steps began."""
     if not skips:
         return []
@@ -175,9 +177,9 @@ def _in_words(skips: list[dict], steps: int) -> list[str]:
     for (layer, phase, what), some in sorted(by_place.items(), key=lambda item: -len(item[1])):
         scales = sorted({skip["scale"] for skip in some})
         scale = f"scale {scales[0]:g}" if len(scales) == 1 else f"scales {scales[0]:g} to {scales[-1]:g}"
-        replicas = sorted({skip["replica"] for skip in some if skip["replica"]})
-        where = f", replica {', '.join(map(str, replicas))}" if replicas else ""
-        parts.append((len(some), f"in {layer} ({phase}: {what}), {scale}{where}"))
+        replicas = sorted({skip["replica"] for skip in some if skip["replica"] is not None})
+        where = f", replica {', '.join(map(str, replicas))}" if several and replicas else ""
+        parts.append((len({skip["step"] for skip in some}), f"in {layer} ({phase}: {what}), {scale}{where}"))
     lead = f"{skipped:,} of {steps:,} steps skipped; "
     if len(parts) == 1:
         return [f"{lead}{'each' if skipped > 1 else 'it'} began {parts[0][1]}"]

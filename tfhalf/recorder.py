@@ -97,6 +97,7 @@ class Recorder:
     def __init__(self, model: keras.Model, every: int):
         _refuse(model)
         self._model, self._every, self._strategy = model, every, model.distribute_strategy
+        self._optimizer = model.optimizer
         layers = {"": model} | precision.layers_by_path(model)
         self.workers = distribution.Workers(self._strategy)
         self._dtypes = {path: layer.compute_dtype for path, layer in layers.items()}
@@ -119,20 +120,22 @@ class Recorder:
                 for path, some in taps.own_weights(model).items()
             }
         self._own = {name: model.__dict__.get(name) for name in ("train_step", "test_step")}
-        model.train_step, model.test_step = self._around_train_step(), self._around_test_step()
-        self._train_step = model.train_step
+        model.train_step = self._train_step = self._around_train_step()
+        if type(model).test_step is keras.Model.test_step:  # another one may not say what the loss is
+            model.test_step = self._around_test_step()
         model.train_function = model.test_function = None
 
     def is_on(self, model: keras.Model) -> bool:
-        """Whether this is what is on a model; compiling it again takes it off."""
-        return model is self._model and model.__dict__.get("train_step") is self._train_step
+        """Whether this is what is on a model, as it is compiled now."""
+        same = model is self._model and model.optimizer is self._optimizer
+        return same and model.__dict__.get("train_step") is self._train_step
 
     def take_off(self) -> None:
         """Puts back the steps that the model had."""
-        if not self.is_on(self._model):
+        if self._model.__dict__.get("train_step") is not self._train_step:  # tfhalf.compile_model did
             return
         for name, own in self._own.items():
-            self._model.__dict__.pop(name)
+            self._model.__dict__.pop(name, None)
             if own is not None:
                 self._model.__dict__[name] = own
         self._model.train_function = self._model.test_function = None
@@ -253,13 +256,16 @@ class Recorder:
 
     def _measured(self, replicas: Sequence[dict[str, np.ndarray]]) -> dict:
         rows = [np.concatenate([replica["passes"], replica["updates"][np.newaxis]]) for replica in replicas]
-        rows = exponents.merged(np.stack(rows))
-        step, scale, loss = (float(value) for value in replicas[0]["about"])
+        whole = exponents.merged(np.stack(rows))
+        for kind in ("weights", "updates"):  # the same in every replica; of the others each has a part
+            whole[KINDS.index(kind)] = rows[0][KINDS.index(kind)]
+        step, scale, _ = (float(value) for value in replicas[0]["about"])
+        loss = self._strategy.num_replicas_in_sync * float(np.mean([replica["about"][2] for replica in replicas]))
         layers = {
             path or taps.MODEL: {
-                kind: exponents.Statistics.of(rows[place, index], dtype)
+                kind: exponents.Statistics.of(whole[place, index], dtype)
                 for place, kind in enumerate(KINDS)
-                if rows[place, index, 0]
+                if whole[place, index, 0]
             }
             for index, (path, dtype) in enumerate(self._dtypes.items())
         }
@@ -271,6 +277,7 @@ class Recorder:
         found = []
         for index, replica in enumerate(replicas):
             step, scale, loss = (float(value) for value in replica["about"])
+            loss *= self._strategy.num_replicas_in_sync  # Keras divides each replica's by it
             about = {"kind": "skipped", "step": int(step), "replica": self.workers.first_replica + index}
             about |= {"scale": scale, "loss": loss, "loss_is_finite": bool(np.isfinite(loss))}
             about |= {"batch": f"{int(replica['batch']) % 2**64:016x}"}

@@ -316,9 +316,7 @@ class _Twins:
         scope = keras.StatelessScope([*zip(self._weights, values, strict=True)], collect_losses=True)
         with scope, tf.GradientTape() as tape:
             tape.watch(values)
-            y_pred = self._model(x, training=True)
-            loss = self._model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
-            loss = precision.at_least_float32(tf.convert_to_tensor(loss))
+            _, loss = taps.predicted(self._model, x, y, sample_weight)
             scaled = loss * tf.cast(scale, loss.dtype)
         gradients = [getattr(gradient, "values", gradient) for gradient in tape.gradient(scaled, values)]
         return loss, [tf.zeros([1]) if gradient is None else tf.cast(gradient, tf.float32) for gradient in gradients]

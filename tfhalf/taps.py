@@ -14,6 +14,7 @@ The cells of recurrent layers and what else is in a loop of the graph are watche
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Iterator, Sequence
 
 import keras
@@ -150,9 +151,7 @@ def replay(model: keras.Model, data, *, scale, states: Sequence[tuple[keras.Vari
     scope = keras.StatelessScope([*zip(variables, values, strict=True), *states], collect_losses=True)
     with watched(model) as events, scope, tf.GradientTape() as tape:
         tape.watch(values)
-        y_pred = model(x, training=True)
-        loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
-        loss = precision.at_least_float32(tf.convert_to_tensor(loss))
+        y_pred, loss = predicted(model, x, y, sample_weight)
         scaled = loss * tf.cast(scale, loss.dtype)
     events.append(Event("", "", "predict", _floats(y_pred)))
     tensors = [tensor for event in events for tensor in event.tensors]
@@ -171,6 +170,15 @@ def replay(model: keras.Model, data, *, scale, states: Sequence[tuple[keras.Vari
     )
 
 
+def predicted(model: keras.Model, x, y, sample_weight) -> tuple:
+    """Returns what a training step of Keras predicts, and its loss, at least float32; `training` goes where it is
+    asked for, as in Keras."""
+    y_pred = model(x, training=True) if _asks_for_training(model) else model(x)
+    training = {"training": True} if "training" in inspect.signature(model.compute_loss).parameters else {}
+    loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, **training)
+    return y_pred, precision.at_least_float32(tf.convert_to_tensor(loss))
+
+
 def forward(model: keras.Model, data) -> Pass:
     """Makes the forward pass of an evaluation, watched, and leaves no trace.
 
@@ -180,7 +188,7 @@ def forward(model: keras.Model, data) -> Pass:
     """
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
     with watched(model) as events, keras.StatelessScope():
-        y_pred = model(x, training=False)
+        y_pred = model(x, training=False) if _asks_for_training(model) else model(x)
     events.append(Event("", "", "predict", _floats(y_pred)))
     return Pass(events, [[] for _ in events], None, {}, {})
 
@@ -241,6 +249,10 @@ def _backward_places(watched_pass: Pass) -> list[Place]:
 def _of_weights(path: str, watched_pass: Pass) -> Place:
     gradients = watched_pass.weight_gradients.get(path, [])
     return Place(path or MODEL, "backward", "the gradient of its weights", gradients)
+
+
+def _asks_for_training(model: keras.Model) -> bool:
+    return "training" in inspect.signature(type(model).call).parameters
 
 
 def _only_holds(layer: keras.Layer) -> bool:
