@@ -221,6 +221,7 @@ def run_whole(folder) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.soak  # the test above kills at one moment
 def test_kill_at_random_moments_loses_nothing(tmp_path):
     # A checkpoint after each batch, so that many kills hit one being written.
     seconds = run_whole(tmp_path / "whole")
