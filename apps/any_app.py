@@ -6,14 +6,18 @@ name is known, so the name is read from the command line before the flags are pa
 
 import ast
 import importlib
+import sys
+import traceback
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
-from absl import flags
+from absl import app, flags, logging
 
 from apps import runner
 
+FAILED = 2  # the exit status of a program that couldn't do what it is for
 _FOLDER = Path(__file__).parent
 
 
@@ -94,3 +98,49 @@ def load(
     task, options = runner.chosen(task, options)
     data = runner.load(task, options)
     return task, options, data, runner.build(task, options, data)
+
+
+def main(
+    define_own: Callable[[flags.FlagValues], None],
+    run: Callable[[runner.Task | None, flags.FlagValues, list[str]], int],
+    argv: list[str] | None = None,
+) -> None:
+    """Runs a program that works on whichever app is named, and ends the process.
+
+    Args:
+        define_own: defines the program's own flags.
+        run: the app's task (None where --app isn't given), the parsed flags and the names of the app's -> exit status.
+        argv: the command line, the program's name first. Default: the process's.
+
+    The exit status is what `run` returns, or FAILED where it can't: after an error, whatever it is, and bad flags.
+    """
+    argv, values = argv or sys.argv, flags.FLAGS
+    logging.set_verbosity(logging.WARNING)
+    define_own(values)
+    task, own, status = None, [], FAILED
+
+    def parse(arguments: list[str]) -> list[str]:
+        nonlocal task, own
+        try:
+            task, own = define_flags(arguments, values)
+            asks_for_help = any(one.lstrip("-").startswith("help") for one in arguments[1:] if one.startswith("-"))
+            return app.parse_flags_with_usage(arguments) if asks_for_help else values(arguments)
+        except (flags.Error, runner.AppError) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(FAILED)
+
+    def run_once(arguments: list[str]) -> None:
+        nonlocal status
+        if len(arguments) > 1:
+            raise runner.AppError(f"unexpected argument {arguments[1]!r}: every setting is a --flag=value")
+        status = run(task, values, own)
+
+    def body(arguments: list[str]) -> None:
+        try:
+            code = runner.exit_code(run_once, arguments)
+        except Exception:  # a mistake of ours, or of the model's: 1 would say that something was found
+            traceback.print_exc()
+            sys.exit(FAILED)
+        sys.exit(FAILED if code == 1 else code or status)
+
+    app.run(body, argv=argv, flags_parser=parse)

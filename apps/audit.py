@@ -24,13 +24,13 @@ import zipfile
 from pathlib import Path
 
 import keras
-from absl import app, flags, logging
+from absl import flags
 
 from apps import any_app, runner
-from tfhalf import comparison, hazards, twins
+from tfhalf import bundle, comparison, hazards, twins
 
 _NUM_PLACES = 3  # layers named in a line of text; JSON has all
-CLEAN, FOUND, NOT_AUDITED = 0, 1, 2
+CLEAN, FOUND = 0, 1
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -46,47 +46,16 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("fail_on", "error", ["error", "warning"], "Least severity that makes exit status 1.", **here)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the program."""
-    argv, values = argv or sys.argv, flags.FLAGS
-    logging.set_verbosity(logging.WARNING)
-    define_flags(values)
-    status = CLEAN
-
-    def run(arguments: list[str]) -> None:
-        nonlocal status
-        if len(arguments) > 1:
-            raise runner.AppError(f"unexpected argument {arguments[1]!r}: every setting is a --flag=value")
-        options = options_of(task, values, names)
-        if values.compare:
-            compared = compared_with_float32(task, options)
-            print(json.dumps(compared.to_json(), indent=2) if values.format == "json" else compared)
-            status = FOUND if compared.forward or compared.backward else CLEAN
-            return
-        found = audited(task, options)
-        print(as_json(found) if values.format == "json" else as_text(found))
-        status = exit_status(found, values.fail_on)
-
-    def parse(arguments: list[str]) -> list[str]:
-        nonlocal task, names
-        try:
-            task, names = any_app.define_flags(arguments, values)
-            return app.parse_flags_with_usage(arguments) if _asks_for_help(arguments) else values(arguments)
-        except (flags.Error, runner.AppError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(NOT_AUDITED)
-
-    task, names = None, []
-
-    def body(arguments: list[str]) -> None:
-        code = runner.exit_code(run, arguments)
-        sys.exit(NOT_AUDITED if code == 1 else code or status)
-
-    app.run(body, argv=argv, flags_parser=parse)
-
-
-def _asks_for_help(argv: list[str]) -> bool:
-    return any(argument.lstrip("-").startswith("help") for argument in argv[1:] if argument.startswith("-"))
+def run(task: runner.Task | None, values: flags.FlagValues, names: list[str]) -> int:
+    """Audits or compares, and prints; returns the exit status."""
+    options = options_of(task, values, names)
+    if values.compare:
+        compared = compared_with_float32(task, options)
+        print(json.dumps(compared.to_json(), indent=2) if values.format == "json" else compared)
+        return FOUND if compared.forward or compared.backward else CLEAN
+    found = audited(task, options)
+    print(as_json(found) if values.format == "json" else as_text(found))
+    return exit_status(found, values.fail_on)
 
 
 def options_of(task: runner.Task | None, values: flags.FlagValues, names: list[str]) -> types.SimpleNamespace:
@@ -125,7 +94,7 @@ def audited(task: runner.Task | None, options: types.SimpleNamespace) -> list[ha
         try:
             return hazards.audit(model, inputs)
         except ValueError as error:  # it isn't built, or fails in float32 too
-            raise runner.AppError(_first_line(error)) from error
+            raise runner.AppError(bundle.first_line(error)) from error
 
 
 def compared_with_float32(task: runner.Task, options: types.SimpleNamespace) -> comparison.Comparison:
@@ -171,7 +140,7 @@ def load_model(path: str, imports: list[str]) -> keras.Model:
         with zipfile.ZipFile(path) as archive:
             config = json.loads(archive.read("config.json"))
     except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
-        raise runner.AppError(f"--keras_file={path} is no .keras file: {_first_line(error)}") from error
+        raise runner.AppError(f"--keras_file={path} is no .keras file: {bundle.first_line(error)}") from error
     if "keras_hub" in json.dumps(config):
         import keras_hub  # noqa: F401  # it registers its classes; here, because it takes seconds
     if unknown := unknown_classes(config):
@@ -182,7 +151,7 @@ def load_model(path: str, imports: list[str]) -> keras.Model:
     try:
         return keras.saving.load_model(path)
     except Exception as error:  # whatever a class that the file names does with what the file holds
-        raise runner.AppError(f"--keras_file={path} can't be loaded: {_first_line(error)}") from error
+        raise runner.AppError(f"--keras_file={path} can't be loaded: {bundle.first_line(error)}") from error
 
 
 def unknown_classes(config) -> list[str]:
@@ -200,11 +169,6 @@ def unknown_classes(config) -> list[str]:
 
     visit(config)
     return list(found)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def exit_status(found: list[hazards.Finding], fail_on: str) -> int:
@@ -248,4 +212,4 @@ def as_text(found: list[hazards.Finding]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    any_app.main(define_flags, run)

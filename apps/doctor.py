@@ -17,17 +17,16 @@ Exit status 0: all is well. 1: no loss scale fits, or something overflows. 2: it
 """
 
 import json
-import sys
 import types
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
 from apps import any_app, runner
 from tfhalf import bundle_watch, scale_window, training
 
-WELL, TROUBLE, NOT_LOOKED_AT = 0, 1, 2
+WELL, TROUBLE = 0, 1
 _ONLY_WITH_WINDOW = ("batches", "checkpoint", "output")
 _LEAST_ROOM = 10  # operations in the table
 
@@ -44,39 +43,13 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("inputs", None, "An .npz file of inputs by name for --saved_model. Default: its own.", **here)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the program."""
-    argv, values = argv or sys.argv, flags.FLAGS
-    logging.set_verbosity(logging.WARNING)
-    define_flags(values)
-    task, names, status = None, [], WELL
-
-    def parse(arguments: list[str]) -> list[str]:
-        nonlocal task, names
-        try:
-            task, names = any_app.define_flags(arguments, values)
-            asks_for_help = any(one.startswith(("--help", "-help")) for one in arguments[1:])
-            return app.parse_flags_with_usage(arguments) if asks_for_help else values(arguments)
-        except (flags.Error, runner.AppError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(NOT_LOOKED_AT)
-
-    def run(arguments: list[str]) -> None:
-        nonlocal status
-        if len(arguments) > 1:
-            raise runner.AppError(f"unexpected argument {arguments[1]!r}: every setting is a --flag=value")
-        require_one_mode(task, values)
-        if task is None:
-            status = watch(values.saved_model, values.inputs)
-        else:
-            options = runner.options_of(values, names)
-            status = measure(task, options, values.batches, values.checkpoint, Path(values.output))
-
-    def body(arguments: list[str]) -> None:
-        code = runner.exit_code(run, arguments)
-        sys.exit(NOT_LOOKED_AT if code == 1 else code or status)
-
-    app.run(body, argv=argv, flags_parser=parse)
+def run(task: runner.Task | None, values: flags.FlagValues, names: list[str]) -> int:
+    """Measures or watches, and prints; returns the exit status."""
+    require_one_mode(task, values)
+    if task is None:
+        return watch(values.saved_model, values.inputs)
+    options = runner.options_of(values, names)
+    return measure(task, options, values.batches, values.checkpoint, Path(values.output))
 
 
 def require_one_mode(task: runner.Task | None, values: flags.FlagValues) -> None:
@@ -179,4 +152,4 @@ def as_text(operations: list[bundle_watch.Operation]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    any_app.main(define_flags, run)

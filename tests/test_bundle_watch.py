@@ -106,6 +106,12 @@ def test_hidden_overflows_are_named_and_nothing_else(measured):
     np.testing.assert_array_equal(after, before)
 
 
+def test_watching_gives_those_that_overflow(hiding, measured):
+    directory, samples = hiding
+    inputs = samples | {name: np.array(rows) for name, rows in LARGE.items()}
+    assert watch_saved_model(directory, inputs) == [one for one in measured[0] if one.overflows]
+
+
 def test_tables_and_strings_survive(measured):
     (found,) = [one for one in measured[0] if one.overflows and one.layer == "small/from_table"]
     assert (found.kind, found.non_finite, found.largest) == ("Mul", 2, 256.0)

@@ -56,3 +56,9 @@ def test_log_file_gets_one_line_for_an_epoch(capsys):
     bar.on_epoch_end(0, {"loss": 0.5, "val_loss": 0.25})
     assert lines == ["Epoch 1/2: 0 s, loss 0.5000, val_loss 0.2500"]
     assert capsys.readouterr().out == ""
+
+
+def test_json_knows_no_nan():
+    assert reporting.plain(np.array([[1.5, np.nan], [-np.inf, 0.0]])) == [[1.5, "nan"], ["-inf", 0.0]]
+    assert [reporting.plain(value) for value in (None, True, "a", 2.5, np.inf)] == [None, True, "a", 2.5, "inf"]
+    assert json.dumps(reporting.plain({"a": {"b": [np.nan]}}), allow_nan=False) == '{"a": {"b": ["nan"]}}'

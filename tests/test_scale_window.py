@@ -148,9 +148,30 @@ def test_overflow_of_the_forward_pass_is_named_though_hidden(hides):
     model = chain(lambda: keras.layers.Rescaling(2.0**17, name="huge"), hides)
     window = loss_scale_window(model, [batch_of(model)])
     (words,) = window.trouble
-    assert words.startswith("batch 0: the forward pass overflows, which no loss scale helps (its output); use bfloat16")
+    lead = "batch 0: the forward pass overflows, which no loss scale helps, in huge (its output); use bfloat16"
+    assert words.startswith(lead)
     assert words.endswith('here: huge, PrecisionPlan(layers={"huge": "float32"})')
     assert window.low is None
+
+
+def test_activities_are_regularised_in_float32_as_in_the_step():
+    with tfhalf.PrecisionPlan().scope():
+        layers = [keras.layers.Rescaling(300.0, activity_regularizer=keras.regularizers.L2(1e-9), name="large")]
+        layers.append(keras.layers.Dense(1, dtype="float32", name="head"))
+        model = keras.Sequential([keras.Input([4]), *layers])
+    tfhalf.compile_model(model, keras.optimizers.SGD(1e-9), loss="mse")
+    batch = np.ones([8, 4], "float32"), np.zeros([8, 1], "float32")  # 32 squares of 300: 2.9 million
+    window = loss_scale_window(model, [batch])
+    assert window.trouble == []
+    assert window.low is not None
+    assert tfhalf.compare(model, batch).forward is None
+
+
+def test_model_without_trainable_weights_is_refused():
+    model = chain(lambda: keras.layers.Rescaling(1.0), lambda: keras.layers.ReLU())
+    model.trainable = False
+    with pytest.raises(ValueError, match="has no trainable weights: no gradient to scale"):
+        loss_scale_window(model, [batch_of(model)])
 
 
 def test_what_is_not_finite_in_float32_is_no_fault_of_half():

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import tfhalf
-from tfhalf import taps
+from tfhalf import exponents, taps
 
 
 def compiled(model: keras.Model, loss="mse") -> keras.Model:
@@ -167,3 +167,33 @@ def test_forward_pass_has_no_gradients_and_moves_no_statistics(half):
     np.testing.assert_array_equal(look(tf.constant(BATCH[0])), model(BATCH[0]))
     assert phases[0] == ("(data)", "forward")
     assert {phase for _, phase in phases} == {"forward"}
+
+
+class Subclassed(keras.Model):
+    """Computes something between its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = keras.layers.Dense(4, name="first"), keras.layers.Dense(4, name="second")
+        self.head = keras.layers.Dense(2, dtype="float32", name="head")
+
+    def call(self, x):
+        return self.head(self.second(self.first(x) * 1e5))
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_what_a_model_computes_itself_is_not_put_down_to_the_next_layer(half, functional):
+    model = Subclassed()
+    if functional:
+        inputs = keras.Input([4])
+        model = keras.Model(inputs, model.head(model.second(model.first(inputs) * 1e5)))
+    model(BATCH[0])
+    found = []
+
+    def look(x):
+        places = taps.places((x,), taps.forward(model, (x,)))
+        found.extend((place.layer, place.what) for place in places)
+        return tf.stack([exponents.extremes(place.tensors)[0] for place in places])
+
+    bad = tf.function(look, autograph=False)(tf.constant(BATCH[0])).numpy()
+    assert found[int(np.argmax(bad > 0))] == ("(model)", "its own operations")

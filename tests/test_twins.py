@@ -155,8 +155,3 @@ def test_first_of_the_dtypes_that_a_model_computes_in():
     assert twins.require_half(model, ["bfloat16", "float16"]) == "bfloat16"
     with pytest.raises(ValueError, match="no layer computes in float64, but in bfloat16, float"):
         twins.require_half(model, ["float64"])
-
-
-def test_json_knows_no_nan():
-    assert twins.plain(np.array([[1.5, np.nan], [-np.inf, 0.0]])) == [[1.5, "nan"], ["-inf", 0.0]]
-    assert [twins.plain(value) for value in (None, True, "a", 2.5, np.inf)] == [None, True, "a", 2.5, "inf"]

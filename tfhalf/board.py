@@ -7,18 +7,17 @@ layers together and layer by layer, beside the ranges of float16 and bfloat16.
 Source of the pictures: Micikevicius et al. 2018, figure 3, https://arxiv.org/abs/1710.03740
 """
 
-import io
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 from matplotlib import colors
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar import summary as custom_scalars
 from tensorboard.plugins.scalar import summary_v2 as scalars
 
+from tfhalf import reporting
 from tfhalf.exponents import HIGHEST, LOWEST, RANGES, Statistics
 
 _SHARES = ("zero", "subnormal", "near_overflow", "non_finite")
@@ -175,9 +174,7 @@ def exponents_picture(found: dict[str, Statistics], title: str) -> bytes:
         _mark_ranges(axis)
     place = figure.add_axes((0.9, below.get_position().y0, 0.02, below.get_position().height))
     figure.colorbar(image, cax=place).ax.tick_params(labelsize=7)
-    canvas, file = FigureCanvasAgg(figure), io.BytesIO()
-    canvas.print_png(file)
-    return file.getvalue()
+    return reporting.png(figure)
 
 
 def _mark_ranges(axis) -> None:

@@ -310,5 +310,5 @@ def _sha256(path: Path) -> str:
 
 def first_line(error) -> str:
     """The line of an error or of a process' output that says what happened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[-1] if isinstance(error, str) else lines[0]

@@ -14,9 +14,8 @@ import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
 
-from tfhalf import precision, taps, twins
+from tfhalf import compilation, exponents, precision, reporting, taps, twins
 
-_SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126}
 _SPACING = {"float16": 2.0**-10, "bfloat16": 2.0**-7}  # of a dtype's numbers in the binade of 1
 
 
@@ -76,7 +75,7 @@ class Comparison:
     def to_json(self) -> dict:
         """Returns all of it as plain JSON values."""
         rows = [dataclasses.asdict(one) for one in [self.forward, self.backward, *self.places] if one]
-        rows = [{name: twins.plain(value) for name, value in row.items()} for row in rows]
+        rows = [{name: reporting.plain(value) for name, value in row.items()} for row in rows]
         parted = {phase: rows.pop(0) if getattr(self, phase) else None for phase in ("forward", "backward")}
         return {"tolerance": self.tolerance, "scale": self.scale} | parted | {"places": rows}
 
@@ -97,7 +96,7 @@ class Comparison:
         axis.set_xlabel("places of the pass, in order; dashed: tolerances")
         axis.set_ylabel("relative error")
         axis.legend(fontsize=8)
-        return twins.png(figure)
+        return reporting.png(figure)
 
     def __str__(self) -> str:
         parted = [one for one in (self.forward, self.backward) if one]
@@ -177,7 +176,7 @@ def compare(model: keras.Model, data, *, tolerance: float = twins.TOLERANCE) -> 
             rows.append(_difference(place.tensors, twin, own))
         return tf.stack(rows)
 
-    with twins.without_randomness(model):
+    with twins.without_randomness(model), compilation.activities_in_float32(model):
         with precision.computing_in(model, "float32"):
             reference = tf.function(true, autograph=False)(data)
         rows = tf.function(differences, autograph=False)(data, reference).numpy()
@@ -201,7 +200,7 @@ def _difference(half: list[tf.Tensor], true: list[tf.Tensor], dtype: str) -> tf.
     """Relative error, cosine, and largest error in ULPs, float64 `[3]`."""
     half, true = (tf.concat([tf.reshape(tf.cast(each, tf.float32), [-1]) for each in some], 0) for some in (half, true))
     binade = tf.bitcast(tf.bitwise.bitwise_and(tf.bitcast(true, tf.int32), 0x7F800000), tf.float32)
-    spacing = tf.cast(tf.maximum(binade, _SMALLEST_NORMAL[dtype]), tf.float64) * _SPACING[dtype]
+    spacing = tf.cast(tf.maximum(binade, 2.0 ** exponents.RANGES[dtype].normal), tf.float64) * _SPACING[dtype]
     half, true = (tf.cast(each, tf.float64) for each in (half, true))
     norms = [tf.norm(each) for each in (half, true, half - true)]
     both = norms[0] * norms[1]

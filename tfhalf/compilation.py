@@ -130,26 +130,30 @@ def _add_losses_in_float32(model: keras.Model) -> None:
     model._aggregate_additional_loss = lambda loss: aggregate(precision.at_least_float32(loss))
 
 
-def _regularise_activities_in_float32(model: keras.Model) -> None:
-    """Lets activity regularisers see float32: a float16 sum of squares ends at 65504."""
-    layers = [
-        layer
-        for layer in precision.layers_by_path(model).values()
-        if layer.compute_dtype in precision.HALF_DTYPES and getattr(layer, "activity_regularizer", None)
-    ]
-    if not layers:
-        return
+@contextlib.contextmanager
+def activities_in_float32(model: keras.Model) -> Iterator[None]:
+    """Lets activity regularisers see float32 while the block runs: a float16 sum of squares ends at 65504."""
+    layers = _regularised_in_half(model)
+    regularizers = [layer.activity_regularizer for layer in layers]
+    try:
+        for layer, regularizer in zip(layers, regularizers, strict=True):
+            layer.activity_regularizer = lambda x, inner=regularizer: inner(precision.at_least_float32(x))
+        yield
+    finally:  # so that the layers are saved as they were made
+        for layer, regularizer in zip(layers, regularizers, strict=True):
+            layer.activity_regularizer = regularizer
 
-    @contextlib.contextmanager
-    def in_float32() -> Iterator[None]:
-        regularizers = [layer.activity_regularizer for layer in layers]
-        try:
-            for layer, regularizer in zip(layers, regularizers, strict=True):
-                layer.activity_regularizer = lambda x, inner=regularizer: inner(precision.at_least_float32(x))
-            yield
-        finally:  # so that the layers are saved as they were made
-            for layer, regularizer in zip(layers, regularizers, strict=True):
-                layer.activity_regularizer = regularizer
+
+def _regularised_in_half(model: keras.Model) -> list[keras.Layer]:
+    layers = precision.layers_by_path(model).values()
+    halves = [layer for layer in layers if layer.compute_dtype in precision.HALF_DTYPES]
+    return [layer for layer in halves if getattr(layer, "activity_regularizer", None)]
+
+
+def _regularise_activities_in_float32(model: keras.Model) -> None:
+    """Puts `activities_in_float32` around the model's steps."""
+    if not _regularised_in_half(model):
+        return
 
     def wrap(kind: str) -> None:
         make = getattr(model, f"make_{kind}_function")
@@ -157,7 +161,8 @@ def _regularise_activities_in_float32(model: keras.Model) -> None:
         def make_function(force=False):
             if getattr(model, f"{kind}_function") is None or force:
                 make(force=True)
-                setattr(model, f"{kind}_function", in_float32()(getattr(model, f"{kind}_function")))
+                around = activities_in_float32(model)
+                setattr(model, f"{kind}_function", around(getattr(model, f"{kind}_function")))
             return getattr(model, f"{kind}_function")
 
         setattr(model, f"make_{kind}_function", make_function)

@@ -4,8 +4,9 @@
 the terms of a dtype: a value counts as zero, subnormal or non-finite as the layer's compute dtype would hold it, also
 where it is kept in float32, as weights are.
 
-Number, non-finite values, maximum and norm are exact; the shares and the histogram are of at most SAMPLE values of a
-group, spread evenly over it by the golden ratio, so that no channel is preferred.
+Number, non-finite values, maximum and norm are exact. Shares and histogram are of at most SAMPLE values of a group: the
+same number of each tensor, weighed by the tensor's size, and spread over it by the golden ratio, so that no channel is
+preferred.
 
 A half tensor's zeros are those that were flushed and those that are exact, as behind a ReLU: the tensor doesn't tell.
 `tfhalf.loss_scale_window` tells them apart with a twin in float32.
@@ -91,13 +92,18 @@ def _measure_one(values: tf.Tensor, most: int) -> tuple[tf.Tensor, tf.Tensor, tf
     indices = tf.where(size > most, spread, tf.minimum(tf.range(min(most, SAMPLE)), tf.maximum(size - 1, 0)))
     sample = tf.cast(tf.gather(values, indices[: tf.minimum(size, most)]), tf.float32)
     # As integers, magnitudes of floats are in the order of the numbers, then come infinity and NaN.
-    bits = tf.bitcast(values, {2: tf.int16, 4: tf.int32, 8: tf.int64}[values.dtype.size])
+    bits = bits_of(values)
     top = tf.maximum(tf.reduce_max(tf.bitwise.bitwise_and(bits, bits.dtype.max)), 0)  # of nothing it is the lowest
     largest = tf.cast(tf.bitcast(top, values.dtype), tf.float32)
     exact = tf.cond(largest < _SQUARES_FIT, lambda: _of_finite(values, largest), lambda: _of_any(values))
     count, taken = tf.cast(size, tf.float32), tf.cast(tf.size(sample), tf.float32)
     shares = tf.fill([tf.size(sample)], count / tf.maximum(taken, 1.0))
     return tf.concat([[count], exact], 0), sample, shares
+
+
+def bits_of(tensor: tf.Tensor) -> tf.Tensor:
+    """Returns the bits of floats as integers of the same size."""
+    return tf.bitcast(tensor, {2: tf.int16, 4: tf.int32, 8: tf.int64}[tensor.dtype.size])
 
 
 def _of_finite(values: tf.Tensor, largest: tf.Tensor) -> tf.Tensor:

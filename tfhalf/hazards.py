@@ -118,7 +118,8 @@ class Finding:
 def audit(model: keras.Model, inputs=None) -> list[Finding]:
     """Finds what half precision will break in a model, before the first step.
 
-    The model stays as it is. Of a float32 model only the weights and the optimizer can have findings.
+    Weights and settings stay as they are; a layer that draws numbers in inference, or keeps a state, moves on by a call
+    or two where there are inputs. Of a float32 model only the weights and the optimizer can have findings.
 
     Args:
         model: a built model, compiled or not, accelerated or not.

@@ -23,9 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import keras
-import numpy as np
 
-from tfhalf import board, exponents
+from tfhalf import board, exponents, reporting
 from tfhalf.recorder import STATISTICS_KEPT, Recorder
 
 _READ_EVERY_STEPS = 100
@@ -54,6 +53,7 @@ class Monitor(keras.callbacks.Callback):
     Example:
 
     >>> import tempfile
+    >>> import numpy as np
     >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(2)])
     >>> model.compile("sgd", "mse")
     >>> monitor = Monitor(tempfile.mkdtemp(), every=10)
@@ -159,7 +159,7 @@ class Monitor(keras.callbacks.Callback):
             return
         try:
             with open(self._file, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(_plain(record)) + "\n" for record in records)
+                file.writelines(json.dumps(reporting.plain(record), allow_nan=False) + "\n" for record in records)
         except OSError as error:  # a full disk shall not end the training
             self._report(f"{self._file} can't be written: {error.strerror}; the records from here on are lost")
             self._file = None
@@ -184,12 +184,3 @@ def _in_words(skips: list[dict], steps: int, several: bool) -> list[str]:
     if len(parts) == 1:
         return [f"{lead}{'each' if skipped > 1 else 'it'} began {parts[0][1]}"]
     return [lead + "; ".join(f"{count} began {words}" for count, words in parts)]
-
-
-def _plain(value):
-    """A record as JSON has it, which knows neither NaN nor infinity: they become words."""
-    if isinstance(value, exponents.Statistics):
-        value = value.to_json()
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    return str(value) if isinstance(value, float) and not np.isfinite(value) else value

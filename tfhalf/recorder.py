@@ -41,9 +41,8 @@ def _fingerprint(data) -> tf.Tensor:
     for tensor in keras.tree.flatten(data):
         if not isinstance(tensor, tf.Tensor) or tensor.dtype == tf.string:
             continue
-        if tensor.dtype.is_floating:
-            tensor = tf.bitcast(tensor, {2: tf.int16, 4: tf.int32, 8: tf.int64}[tensor.dtype.size])
-        bits = tf.reshape(tf.cast(tensor, tf.int64), [-1])
+        bits = exponents.bits_of(tensor) if tensor.dtype.is_floating else tensor
+        bits = tf.reshape(tf.cast(bits, tf.int64), [-1])
         places = 2 * tf.range(tf.size(bits, out_type=tf.int64)) + 1
         total = total * 31 + tf.reduce_sum((bits + 1) * (places * _ODD))
     return total
@@ -178,12 +177,12 @@ class Recorder:
             skipped = _skips_so_far(optimizer)
             due = tf.equal(tf.convert_to_tensor(self._step) % self._every, 0)
             self._step.assign_add(1)
-            tf.cond(due, lambda: _call(self._measure, data, scale), lambda: None)
+            tf.cond(due, lambda: self._measure(data, scale), lambda: None)
             logs = own(data)
-            tf.cond(due, lambda: _call(self._measure_updates), lambda: None)
+            tf.cond(due, self._measure_updates, lambda: None)
             if self._scaled:
                 was_skipped = tf.greater(_skips_so_far(optimizer), skipped)
-                tf.cond(was_skipped, lambda: _call(self._find_culprit, data, scale, states), lambda: None)
+                tf.cond(was_skipped, lambda: self._find_culprit(data, scale, states), lambda: None)
             return logs
 
         return train_step
@@ -234,7 +233,7 @@ class Recorder:
             due = tf.logical_or(tf.equal(batch % self._every, 0), first_bad)
             self._batch.assign_add(1)
             self._finite.assign(finite)
-            tf.cond(due, lambda: _call(self._watch_forward, data, batch), lambda: None)
+            tf.cond(due, lambda: self._watch_forward(data, batch), lambda: None)
             return logs
 
         return test_step
@@ -342,8 +341,3 @@ def _skips_so_far(optimizer: keras.optimizers.Optimizer) -> tf.Tensor:
 
 def _stack(*values) -> tf.Tensor:
     return tf.stack([tf.cast(tf.convert_to_tensor(value), tf.float64) for value in values])
-
-
-def _call(function, *arguments) -> None:
-    """Calls a branch of a cond, whose branches must return the same: nothing."""
-    function(*arguments)

@@ -5,6 +5,7 @@ losses, metrics, learning rate, loss scale, skipped steps, pictures, texts, the 
 changes the run.
 """
 
+import io
 import json
 import sys
 import time
@@ -12,7 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import keras
+import numpy as np
 import tensorflow as tf
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from tensorboard.plugins.hparams import api as hparams
 
 from tfhalf import precision
@@ -134,3 +138,25 @@ def floats(logs) -> dict[str, float]:
 
 def _readable(logs: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in logs.items())
+
+
+def plain(value):
+    """Returns a value as JSON has it, which knows no NaN and no infinity: they become words.
+
+    Args:
+        value: numbers, arrays, lists, dicts, or what has a `to_json`, within each other.
+    """
+    value = value.to_json() if hasattr(value, "to_json") else value
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def png(figure: Figure) -> bytes:
+    """Returns a figure as a PNG picture."""
+    file = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(file)
+    return file.getvalue()

@@ -18,7 +18,7 @@ import tensorflow as tf
 from matplotlib import colors
 from matplotlib.figure import Figure
 
-from tfhalf import exponents, precision, taps, twins
+from tfhalf import compilation, exponents, precision, reporting, taps, twins
 
 # The bounds of `tfhalf.LossScaleOptimizer`.
 SCALES = tuple(2.0**exponent for exponent in range(-14, 25))
@@ -105,7 +105,7 @@ class Window:
         """Returns all of it as plain JSON values."""
         names = ("low", "high", "bits", "initial_scale", "dynamic_growth_steps", "limit", "trouble")
         rows = [dataclasses.asdict(one) | {"bits": one.bits} for one in self.variables]
-        rows = [{name: twins.plain(value) for name, value in row.items()} for row in rows]
+        rows = [{name: reporting.plain(value) for name, value in row.items()} for row in rows]
         return {name: getattr(self, name) for name in names} | {"scales": list(self.scales), "variables": rows}
 
     def picture(self) -> bytes:
@@ -129,7 +129,7 @@ class Window:
             axis.axvspan(*edges, fill=False, edgecolor="tab:orange", linewidth=2, label="the window")
         axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8, frameon=False)
         figure.colorbar(image, ax=axis).set_label("share of the gradient lost to zero", fontsize=8)
-        return twins.png(figure)
+        return reporting.png(figure)
 
     def __str__(self) -> str:
         lines = [f"trouble: {words}" for words in self.trouble]
@@ -197,13 +197,15 @@ def loss_scale_window(model: keras.Model, batches: Iterable, *, scales: Sequence
     Source: Micikevicius et al. 2018, section 3.2, https://arxiv.org/abs/1710.03740
     """
     twins.require_half(model, ("float16",))
+    if not model.trainable_weights:
+        raise ValueError(f"loss_scale_window: model {model.name!r} has no trainable weights: no gradient to scale")
     scales = tuple(sorted(float(scale) for scale in scales))
     if not scales or any(scale <= 0 or np.frexp(scale)[0] != 0.5 for scale in scales):
         raise ValueError(f"loss_scale_window: scales must be powers of 2, got {scales}")
     batches = [twins.tensors(batch) for batch in batches]
     if not batches:
         raise ValueError("loss_scale_window: batches is empty; give at least one")
-    with twins.without_randomness(model):
+    with twins.without_randomness(model), compilation.activities_in_float32(model):
         measured = _Twins(model, scales)
         for index, batch in enumerate(batches):
             if words := measured.measure(batch):
@@ -232,7 +234,8 @@ class _Twins:
                 return f"the pass isn't finite in float32 either, first in {where.layer} ({where.phase}: {where.what})"
         where = self._half_overflow(batch, self._scales[0])
         if where and where.phase == "forward":
-            return f"the forward pass overflows, which no loss scale helps ({where.what}); {_island(where.layer)}"
+            island = "" if where.layer in (taps.DATA, taps.LOSS) else f"; {_island(where.layer)}"
+            return f"the forward pass overflows, which no loss scale helps, in {where.layer} ({where.what}){island}"
         rows = np.stack([self._half(batch, tf.constant(scale), true) for scale in self._scales])
         self._measured.append((batch, rows, [bool(np.any(gradient)) for gradient in true]))
         return ""

@@ -36,7 +36,7 @@ class Event:
 
     Attributes:
         layer: its path, as in `precision.layers_by_path`; "" is the model.
-        parent: the path of the layer that called it, where that computes something itself; else "".
+        parent: the path of the layer that called it, or MODEL, where that computes something itself; else "".
         kind: "enter" (tensors of layers without others inside only), "leave", or, at the end, "predict".
         tensors: the float tensors.
     """
@@ -92,7 +92,7 @@ def watched(model: keras.Model) -> Iterator[list[Event]]:
         model: a built model, accelerated or not.
     """
     events: list[Event] = []
-    stack, calls = [""], {}
+    stack, calls = ["" if _only_holds(model) else MODEL], {}
     layers = precision.layers_by_path(model)
     # Keras calls a recurrent layer's cell once outside the loop, to learn its dtypes.
     loops = tuple(path + "/" for path, layer in layers.items() if isinstance(layer, keras.layers.RNN))
@@ -235,8 +235,9 @@ def _backward_places(watched_pass: Pass) -> list[Place]:
         if event.kind == "predict":
             found.append(Place(LOSS, "backward", "its gradient by the model's output", gradients))
         elif event.kind == "leave":
-            words = "the gradients inside it" if event.parent else "the gradient of its output"
-            found.append(Place(event.parent or event.layer, "backward", words, gradients))
+            inside = event.parent not in ("", MODEL)  # of a whole model, the layer's name says more
+            words = "the gradients inside it" if inside else "the gradient of its output"
+            found.append(Place(event.parent if inside else event.layer, "backward", words, gradients))
         else:
             calls.pop()
             if event.layer not in calls:  # its first call, the last one of the backward pass: the sum is complete
@@ -256,8 +257,11 @@ def _asks_for_training(model: keras.Model) -> bool:
 
 
 def _only_holds(layer: keras.Layer) -> bool:
-    """Whether a layer is a model that computes nothing besides its layers and operations."""
-    return isinstance(layer, keras.Sequential) or hasattr(layer, "operations")
+    """Whether a layer is a model that computes nothing besides its layers."""
+    if isinstance(layer, keras.Sequential):
+        return True
+    operations = getattr(layer, "operations", None)  # of a functional model
+    return operations is not None and all(isinstance(each, keras.Layer) for each in operations)
 
 
 def _before_cast(tensor: tf.Tensor) -> tf.Tensor:

@@ -12,14 +12,11 @@ in a call, or a layer that samples in inference too; it looks like a difference 
 """
 
 import contextlib
-import io
 from collections.abc import Iterator, Sequence
 
 import keras
 import numpy as np
 import tensorflow as tf
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from tfhalf import precision
 
@@ -107,24 +104,9 @@ def tensors(data):
     """
 
     def convert(value):
-        if not isinstance(value, np.ndarray | np.generic | list | int | float):
+        if not isinstance(value, np.ndarray | np.generic | int | float):
             return value
         value = np.asarray(value)
         return tf.convert_to_tensor(value.astype("float32") if value.dtype == "float64" else value)
 
     return keras.tree.map_structure(convert, data)
-
-
-def plain(value):
-    """Returns a value as JSON has it, which knows no NaN and no infinity: they become words."""
-    value = value.tolist() if isinstance(value, np.ndarray) else value
-    if isinstance(value, list):
-        return [plain(each) for each in value]
-    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def png(figure: Figure) -> bytes:
-    """Returns a figure as a PNG picture."""
-    file = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(file)
-    return file.getvalue()

@@ -161,3 +161,11 @@ def test_training_data_is_a_pure_function_of_seed_and_epoch(module, data_dir):
     first = data_of(module, data_dir)
     assert batch(task.load_data(small_options(module, data_dir)), 0) == batch(first, 0)
     assert batch(first, 1) != batch(first, 0)
+
+
+@pytest.mark.soak
+def test_another_seed_gives_other_batches(module, data_dir):
+    loaded = importlib.import_module(module).TASK.load_data(small_options(module, data_dir, "--seed=1"))
+    one, other = (next(iter(data.train(0))) for data in (data_of(module, data_dir), loaded))
+    bits = [[array.numpy().tobytes() for array in tf.nest.flatten(each)] for each in (one, other)]
+    assert bits[0] != bits[1]

@@ -1,5 +1,8 @@
 """Which apps there are, and what a program gets of the one that --app names."""
 
+import os
+import subprocess
+import sys
 import types
 
 import keras
@@ -131,3 +134,16 @@ def test_load_refuses_what_has_no_effect():
     task = tiny_task()
     with pytest.raises(runner.AppError, match="--distribute=mirrored has no effect"):
         any_app.load(task, options_for(task, "--distribute=mirrored"))
+
+
+@pytest.mark.parametrize(("ends", "status"), [("return 1", 1), ("raise KeyError('x')", 2), ("return 0", 0)])
+def test_only_what_was_found_ends_in_1(ends, status):
+    program = f"""
+from apps import any_app
+def run(task, values, names):
+    {ends}
+any_app.main(lambda values: None, run)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False, env=environment)
+    assert result.returncode == status, result.stderr
