@@ -3,8 +3,9 @@
     python -m benchmarks.monitoring --network=resnet
 
 A round is a few steps of a network with the monitor, the first of which it measures, and as many of an equal one
-without it, on the same random batches; networks take turns in going first. With a measurement at each of `every` steps,
-a step takes (measured + (every - 1) * others) / every, which is divided by the round's median without the monitor.
+without it, on the same random batches: step by step in turn, each going first in every second round. With a measurement
+at each of `every` steps, a step takes (measured + (every - 1) * others) / every, which is divided by the round's median
+without the monitor.
 Reading the rings and writing the files is counted as if it came with each measurement; it comes with every second one
 or less often. Drawing is left out: the monitor itself keeps it below 1% of the time. The first rounds warm up.
 """
@@ -45,8 +46,13 @@ def main(argv: list[str]) -> None:
         callbacks = keras.callbacks.CallbackList([monitor], model=models["with"])
         for index in range(_WARM_UP + rounds):
             data = [batches.random_batch(network, random) for _ in range(_STEPS)]
-            for name in sorted(models, reverse=bool(index % 2)):
-                seconds[name].append(_steps(models[name], data, callbacks if name == "with" else None))
+            taken = {name: [] for name in models}
+            for batch in data:
+                for name in sorted(models, reverse=bool(index % 2)):
+                    reads = name == "with" and not taken[name]
+                    taken[name].append(_step(models[name], batch, callbacks if reads else None))
+            for name in models:
+                seconds[name].append(taken[name])
         monitor.close()
     times = {name: np.array(values[_WARM_UP:]) for name, values in seconds.items()}
     plain, due, others = np.median(times["without"], 1), times["with"][:, 0], np.median(times["with"][:, 1:], 1)
@@ -58,17 +64,14 @@ def main(argv: list[str]) -> None:
         print(f"every={every:2}, with / without: {ratio} (95%)")
 
 
-def _steps(model: keras.Model, data: list, callbacks: keras.callbacks.CallbackList | None) -> list[float]:
-    """Seconds of each step; the first one's with what the monitor reads and writes."""
-    seconds = []
-    for batch in data:
-        start = time.perf_counter()
-        model.train_on_batch(*batch)
-        if callbacks and not seconds:
-            for step in range(_UNTIL_READ):
-                callbacks.on_train_batch_end(step, {})
-        seconds.append(time.perf_counter() - start)
-    return seconds
+def _step(model: keras.Model, batch: tuple, callbacks: keras.callbacks.CallbackList | None) -> float:
+    """Seconds of a step, with what the callbacks read and write after it."""
+    start = time.perf_counter()
+    model.train_on_batch(*batch)
+    if callbacks:
+        for step in range(_UNTIL_READ):
+            callbacks.on_train_batch_end(step, {})
+    return time.perf_counter() - start
 
 
 def _compiled(network: str) -> keras.Model:

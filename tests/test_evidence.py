@@ -178,12 +178,12 @@ def unknown() -> keras.Model:
     return model
 
 
-def test_model_under_a_policy_map_has_no_twin():
-    model = blocked(ops.exp, policy=DTypePolicyMap(HALF))
-    found = Evidence(model, ONES)
-    assert found.mapped
-    assert "Exp" in kinds(found.trace, "block/does")
-    assert found.twin == found.run_twin == evidence.Pass()
+def test_model_under_a_policy_map_has_a_twin_in_float32():
+    found = Evidence(blocked(ops.exp, policy=DTypePolicyMap(HALF)), ONES)
+    for traced, dtype in ((found.trace, HALF.removeprefix("mixed_")), (found.twin, "float32")):
+        (exp,) = (each for each in traced.operations["block/does"] if each.type == "Exp")
+        assert exp.outputs[0].dtype.name == dtype
+    assert found.run_twin.arguments.keys() == found.run.arguments.keys()
 
 
 def test_optimizer_counts_where_the_model_is_compiled():

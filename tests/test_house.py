@@ -20,6 +20,7 @@ LAYERS = [
         "tfhalf.evidence",
         "tfhalf.taps",
         "tfhalf.exponents",
+        "tfhalf.workload",
     },
     {"tfhalf.acceleration", "tfhalf.training", "tfhalf.export", "tfhalf.datasets"}
     | {"tfhalf.hazards", "tfhalf.board", "tfhalf.twins", "tfhalf.bundle_watch"},

@@ -9,9 +9,10 @@ from tfhalf.export import export_saved_model
 from tfhalf.hazards import Finding, audit
 from tfhalf.numerics import Monitor
 from tfhalf.optimizer import LossScaleOptimizer
-from tfhalf.precision import PrecisionPlan, coverage
+from tfhalf.precision import PrecisionPlan
 from tfhalf.scale_window import loss_scale_window
 from tfhalf.training import StopWhenStalled
+from tfhalf.workload import coverage
 
 __version__ = "0.1.0"
 __all__ = [

@@ -18,7 +18,8 @@ from tensorboard.plugins.custom_scalar import summary as custom_scalars
 from tensorboard.plugins.scalar import summary_v2 as scalars
 
 from tfhalf import reporting
-from tfhalf.exponents import HIGHEST, LOWEST, RANGES, Statistics
+from tfhalf.exponents import HIGHEST, LOWEST, Statistics
+from tfhalf.precision import FORMATS
 
 _SHARES = ("zero", "subnormal", "near_overflow", "non_finite")
 # Of one chart or picture; more can't be told apart.
@@ -50,7 +51,7 @@ class Board:
                 _write(custom_scalars.pb(_layout(statistics[0]["layers"])), 0)
             for record in statistics:
                 summary = scalars.scalar_pb(
-                    "half_precision/log2_loss_scale", np.log2(max(record["scale"], 2.0 ** RANGES["float32"].normal))
+                    "half_precision/log2_loss_scale", np.log2(max(record["scale"], 2.0 ** FORMATS["float32"].normal))
                 )
                 for tag, value in _values(record["layers"]).items():
                     summary.MergeFrom(scalars.scalar_pb(tag, value))
@@ -94,7 +95,7 @@ def _values(layers: dict[str, dict[str, Statistics]]) -> dict[str, float]:
             share = sum(found.count * getattr(found, name) for found in some) / total
             values[f"half_precision/{name}/{kind}"] = share
         most = max(found.maximum for found in some)
-        values[f"half_precision/log2_maximum/{kind}"] = np.log2(max(most, 2.0 ** RANGES["float32"].normal))
+        values[f"half_precision/log2_maximum/{kind}"] = np.log2(max(most, 2.0 ** FORMATS["float32"].normal))
     values |= {f"updates/ratio/{layer}": ratio for layer, ratio in ratios.items()}
     if ratios:
         for name, function in (("least", min), ("median", np.median), ("most", max)):
@@ -178,7 +179,7 @@ def exponents_picture(found: dict[str, Statistics], title: str) -> bytes:
 
 
 def _mark_ranges(axis) -> None:
-    about = RANGES["float16"]
+    about = FORMATS["float16"]
     for place, style in ((about.zero, ":"), (about.normal, "-"), (about.end, "-")):
         axis.axvline(place - 0.5, color="tab:orange", linestyle=style, linewidth=1.2)
     axis.tick_params(labelsize=7)

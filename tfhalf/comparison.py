@@ -14,9 +14,7 @@ import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
 
-from tfhalf import compilation, exponents, precision, reporting, taps, twins
-
-_SPACING = {"float16": 2.0**-10, "bfloat16": 2.0**-7}  # of a dtype's numbers in the binade of 1
+from tfhalf import compilation, precision, reporting, taps, twins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +198,8 @@ def _difference(half: list[tf.Tensor], true: list[tf.Tensor], dtype: str) -> tf.
     """Relative error, cosine, and largest error in ULPs, float64 `[3]`."""
     half, true = (tf.concat([tf.reshape(tf.cast(each, tf.float32), [-1]) for each in some], 0) for some in (half, true))
     binade = tf.bitcast(tf.bitwise.bitwise_and(tf.bitcast(true, tf.int32), 0x7F800000), tf.float32)
-    spacing = tf.cast(tf.maximum(binade, 2.0 ** exponents.RANGES[dtype].normal), tf.float64) * _SPACING[dtype]
+    about = precision.FORMATS[dtype]
+    spacing = tf.cast(tf.maximum(binade, 2.0**about.normal), tf.float64) * 2.0 ** (1 - about.bits)
     half, true = (tf.cast(each, tf.float64) for each in (half, true))
     norms = [tf.norm(each) for each in (half, true, half - true)]
     both = norms[0] * norms[1]

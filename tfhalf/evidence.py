@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 import keras
 import numpy as np
 import tensorflow as tf
-from keras.dtype_policies import DTypePolicyMap
 
 # Private TensorFlow: the only list of which operation has a kernel for which dtype; a test reads it.
 from tensorflow.python.framework import kernels as registry
@@ -60,7 +59,6 @@ class Evidence:
     Attributes:
         layers: path to layer (`precision.layers_by_path`), with the model itself under "".
         optimizer: what the model is compiled with; None if it isn't compiled.
-        mapped: whether a layer takes its policy from a `DTypePolicyMap`. Such a model has no float32 twin.
         in_half: whether any layer computes in half; if not, nothing is traced.
         weights: (path, layer, weight) of every weight, with the innermost layer that has it.
     """
@@ -69,7 +67,6 @@ class Evidence:
         self.model, self.inputs = model, inputs
         self.layers = {"": model} | precision.layers_by_path(model)
         self.optimizer = getattr(model, "optimizer", None) if model.compiled else None
-        self.mapped = any(isinstance(layer.dtype_policy, DTypePolicyMap) for layer in self.layers.values())
         self.in_half = any(layer.compute_dtype in precision.HALF_DTYPES for layer in self.layers.values())
         # Parents come before their children: the innermost layer that has a weight keeps it.
         owners = {id(weight): (path, weight) for path, layer in self.layers.items() for weight in layer.weights}
@@ -153,13 +150,11 @@ class Evidence:
         seen = _observed(self.layers, forward)
         if seen.error:
             twin = self._in_float32(forward)
-            if self.mapped or twin.error:
-                raise (twin.error or seen.error)[1]
+            if twin.error:
+                raise twin.error[1]
         return seen
 
     def _in_float32(self, forward: Callable) -> Pass:
-        if self.mapped:
-            return Pass()
         with precision.computing_in(self.model, "float32"):
             return _observed(self.layers, forward)
 
@@ -167,23 +162,15 @@ class Evidence:
 def _observed(layers: dict[str, keras.Layer], forward: Callable) -> Pass:
     """Runs a forward pass, and notes what each layer's `call` gets, gives and adds to the graph."""
     seen, counted = Pass(), set()
-    before = {path: layer.__dict__.get("call") for path, layer in layers.items()}
     try:
-        for path, layer in layers.items():
-            # Not by setattr: Keras locks a built layer.
-            layer.__dict__["call"] = _watched(path, layer.call, seen, counted)
-        seen.outputs = tf.nest.flatten(forward())
+        with precision.calling(layers, lambda path, layer: _watched(path, layer.call, seen, counted)):
+            seen.outputs = tf.nest.flatten(forward())
         seen.error = None  # a layer that tries one thing and then another
         # Parents come before their children, and hold the same tensors.
         losses = {id(loss): (path, loss) for path, layer in layers.items() for loss in layer.losses if is_half(loss)}
         seen.half_losses = {path: loss.dtype.name for path, loss in losses.values()}
     except Exception as error:  # whatever a layer does
         seen.error = seen.error or ("", error)
-    finally:
-        for path, layer in layers.items():
-            layer.__dict__.pop("call", None)
-            if before[path] is not None:
-                layer.__dict__["call"] = before[path]
     return seen
 
 

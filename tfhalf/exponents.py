@@ -19,6 +19,8 @@ import dataclasses
 import numpy as np
 import tensorflow as tf
 
+from tfhalf.precision import FORMATS
+
 SAMPLE = 16384
 # Magnitudes below it: 2^36 squares of them have a sum that float32 holds.
 _SQUARES_FIT = 2.0**45
@@ -29,21 +31,6 @@ LOWEST, HIGHEST = -45, 20
 _WIDE_BELOW = 3  # exactly zero; subnormal in bfloat16 and float32; the rest
 _NUM_BINS = _WIDE_BELOW + (HIGHEST - LOWEST + 1) + 3  # and: the rest; within 2 bits of bfloat16's end; non-finite
 WIDTH = 4 + _NUM_BINS
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """Exponents (of 2) of a dtype: what is below `zero` becomes 0, below `normal` is subnormal, from `end` on infinite.
-
-    Half of the smallest subnormal is rounded to 0, so that `zero` is one below the smallest one's exponent.
-    """
-
-    zero: int
-    normal: int
-    end: int
-
-
-RANGES = {"float16": Range(-25, -14, 16), "bfloat16": Range(-134, -126, 128), "float32": Range(-150, -126, 128)}
 
 
 def measure(tensors: list[tf.Tensor]) -> tf.Tensor:
@@ -179,7 +166,7 @@ class Statistics:
             dtype: "float16", "bfloat16" or "float32".
         """
         count, bad, maximum, norm = (float(value) for value in row[:4])
-        bins, about = np.asarray(row[4:], "float64"), RANGES[dtype]
+        bins, about = np.asarray(row[4:], "float64"), FORMATS[dtype]
         lows = np.array([-np.inf, -127, -126, *range(LOWEST, HIGHEST + 1), HIGHEST + 1, 126, np.inf])
         beyond = float(bins[(lows >= about.end) & np.isfinite(lows)].sum())
         return cls(

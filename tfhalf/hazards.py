@@ -64,9 +64,8 @@ from tfhalf.evidence import (
 )
 
 SEVERITIES = ("error", "warning", "info")
-_MAX = 65504.0  # float16's largest; IEEE 754-2019, binary16
-# Integers up to here are exact, the next one isn't: 2^p with p significand bits.
-_EXACT = {"float16": 2**11, "bfloat16": 2**8}
+_MAX = precision.FORMATS["float16"].largest
+_EXACT = {dtype: precision.FORMATS[dtype].exact for dtype in precision.HALF_DTYPES}
 # Half as many equal terms as after which one more changes nothing; measured on a CPU: 1024 terms of 1.3 lose 2%.
 _MANY_TERMS = {dtype: exact // 2 for dtype, exact in _EXACT.items()}
 # Share of a norm. Rounding changes it by 2^-11 at most; a bias that starts at 1e-6 by 2%, which does no harm.
@@ -417,7 +416,7 @@ def _fails_in_half(evidence: Evidence) -> Iterator[Row]:
 
 
 def _forward_overflow(evidence: Evidence) -> Iterator[Row]:
-    if not evidence.run.bad or evidence.mapped:
+    if not evidence.run.bad:
         return
     sound = set(evidence.run_twin.bad)  # -infinity may be meant
     for place in evidence.run.bad:

@@ -15,7 +15,7 @@ The cells of recurrent layers and what else is in a loop of the graph are watche
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import keras
 import tensorflow as tf
@@ -100,7 +100,7 @@ def watched(model: keras.Model) -> Iterator[list[Event]]:
     parents = {path for path in layers if any(other.startswith(path + "/") for other in layers)}
     graph = _graph()
 
-    def watch(path: str, layer: keras.Layer) -> None:
+    def wrapped(path: str, layer: keras.Layer) -> Callable:
         original, computes = layer.call, not _only_holds(layer)
 
         def call(*args, **kwargs):
@@ -119,20 +119,11 @@ def watched(model: keras.Model) -> Iterator[list[Event]]:
             events.append(Event(path, stack[-1], "leave", _floats(outputs)))
             return outputs
 
-        # Not by setattr: Keras locks a built layer against new attributes that hold state, and this is none.
-        layer.__dict__["call"] = call
+        return call
 
-    before = {path: layer.__dict__.get("call") for path, layer in layers.items()}
-    try:
-        for path, layer in layers.items():
-            if not isinstance(layer, keras.layers.InputLayer):
-                watch(path, layer)
+    layers = {path: layer for path, layer in layers.items() if not isinstance(layer, keras.layers.InputLayer)}
+    with precision.calling(layers, wrapped):
         yield events
-    finally:
-        for path, layer in layers.items():
-            layer.__dict__.pop("call", None)
-            if before[path] is not None:
-                layer.__dict__["call"] = before[path]
 
 
 def replay(model: keras.Model, data, *, scale, states: Sequence[tuple[keras.Variable, tf.Tensor]] = ()) -> Pass:

@@ -12,7 +12,7 @@ in a call, or a layer that samples in inference too; it looks like a difference 
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import keras
 import numpy as np
@@ -41,26 +41,18 @@ def without_randomness(model: keras.Model) -> Iterator[None]:
     array([[1., 1.]], dtype=float32)
     """
 
-    def silence(layer: keras.Layer) -> None:
+    def silenced(path: str, layer: keras.Layer) -> Callable:
         original = layer.call
 
         def call(*args, **kwargs):
             return original(*args, **kwargs | ({"training": False} if "training" in kwargs else {}))
 
-        # Not by setattr: Keras locks a built layer against new attributes that hold state, and this is none.
-        layer.__dict__["call"] = call
+        return call
 
-    layers = [layer for layer in precision.layers_by_path(model).values() if _draws(layer)]
-    before = [layer.__dict__.get("call") for layer in layers]
-    try:
-        for layer in layers:
-            silence(layer)
+    with precision.calling(
+        {path: layer for path, layer in precision.layers_by_path(model).items() if _draws(layer)}, silenced
+    ):
         yield
-    finally:
-        for layer, own in zip(layers, before, strict=True):
-            layer.__dict__.pop("call", None)
-            if own is not None:
-                layer.__dict__["call"] = own
 
 
 def _draws(layer: keras.Layer) -> bool:
