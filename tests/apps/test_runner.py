@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from absl import flags
 
 import tfhalf
 from apps import runner
+from apps.image import classification
 from tests.conftest import ROOT, run_module
 from tfhalf import checkpoint
 
@@ -157,40 +159,49 @@ def refuse(*arguments: str) -> str:
 
 
 @pytest.mark.slow
-def test_bad_input_is_one_clear_line_and_leaves_nothing(trained, data_dir, tmp_path):
+def test_bad_input_is_one_clear_line_and_leaves_nothing(trained, data_dir, tmp_path, capsys):
+    """By the command line where a refusal ends what it began (devices, a thread of the input), else in this process."""
+
+    def refuse_here(*arguments: str) -> str:
+        options = parse(*arguments)
+        assert runner.exit_code(lambda argv: runner.run(classification.TASK, options), []) == 1
+        return capsys.readouterr().err
+
     arguments, folder, _ = trained
     (tmp_path / "file").write_text("{")
     tfhalf.PrecisionPlan("mixed_float16", {"dense.": "mixed_bfloat16"}).save(tmp_path / "plan.json")
     base = [f"--data_dir={data_dir}", f"--workdir={tmp_path}/run", f"--saved_model_dir={tmp_path}/sm"]
-    for wrong, message in (
-        (["--dataset=imdb_reviews"], "text (Text)"),
+    for refuses, wrong, message in (
+        (refuse_here, ["--dataset=imdb_reviews"], "text (Text)"),
         (
+            refuse_here,
             [f"--workdir={tmp_path}/file/run", f"--precision_plan={tmp_path}/plan.json"],
             "can't be written: Not a directory",
         ),
-        ([f"--saved_model_dir={folder}/saved_models", "--saved_model_version=1"], "1 exists; choose another version"),
-        ([*arguments[1:], f"--workdir={folder}/run", "--seed=4"], "seed: 3 there, 4 here"),
         (
+            refuse_here,
+            [f"--saved_model_dir={folder}/saved_models", "--saved_model_version=1"],
+            "1 exists; choose another version",
+        ),
+        (refuse, [*arguments[1:], f"--workdir={folder}/run", "--seed=4"], "seed: 3 there, 4 here"),
+        (
+            refuse_here,
             ["--distribute=multi_worker"],
             "--distribute: multi_worker needs the environment variable TF_CONFIG, which isn't set",
         ),
-        (["--num_logical_devices=2"], "--distribute: num_logical_devices has an effect with"),
+        (refuse_here, ["--num_logical_devices=2"], "--distribute: num_logical_devices has an effect with"),
         (
+            refuse,
             ["--distribute=mirrored", "--num_logical_devices=2", "--batch_size=33"],
             "--batch_size=33 is shared out to 2 replicas",
         ),
     ):
-        assert message in refuse(*base, *wrong)
+        assert message in refuses(*base, *wrong)
     assert {path.name for path in tmp_path.iterdir()} <= {"file", "plan.json", "sm"}
     assert not list(tmp_path.glob("sm/*/*"))
 
 
 def parse(*arguments: str):
-    from absl import flags
-
-    from apps import runner
-    from apps.image import classification
-
     values = flags.FlagValues()
     names = runner.define_flags(classification.TASK, values)
     values(["test", *arguments])
@@ -213,15 +224,11 @@ def parse(*arguments: str):
     + ["--keep=0", "--checkpoint_seconds=-1", "--gradient_accumulation_steps=0"],
 )
 def test_values_out_of_range_are_refused(flag):
-    from absl import flags
-
     with pytest.raises(flags.IllegalFlagValueError, match=flag.split("=")[0].strip("-")):
         parse(flag)
 
 
 def test_what_does_not_exist_yet_is_refused(tmp_path):
-    from apps import runner
-
     tfhalf.PrecisionPlan("float32").save(tmp_path / "plan.json")
     (tmp_path / "broken.json").write_text("{")
     for arguments, message in (
@@ -244,9 +251,6 @@ def test_seed_decides_the_weights_whatever_was_drawn_before(data_dir):
 
     import numpy as np
 
-    from apps import runner
-    from apps.image import classification
-
     options = parse(f"--data_dir={data_dir}", "--seed=5")
     data = classification.load_data(options)
     first = runner.build(classification.TASK, options, data).get_weights()
@@ -257,8 +261,6 @@ def test_seed_decides_the_weights_whatever_was_drawn_before(data_dir):
 
 
 def test_place_for_bundles_is_checked_before_training(tmp_path):
-    from apps import runner
-
     (tmp_path / "file").write_text("")
     with pytest.raises(runner.AppError, match=r"--saved_model_dir: can't write .*/file/name: Not a directory"):
         runner._version_folder(parse(f"--saved_model_dir={tmp_path}/file"), "name")
@@ -271,18 +273,12 @@ def test_place_for_bundles_is_checked_before_training(tmp_path):
 
 
 def test_jit_compile_that_keras_would_ignore_is_refused(data_dir):
-    from apps import runner
-    from apps.image import classification
-
     options = parse("--jit_compile", f"--data_dir={data_dir}")
     with pytest.raises(runner.AppError, match="--jit_compile: XLA can't compile"):
         runner.build(classification.TASK, options, classification.load_data(options))
 
 
 def test_plan_that_does_not_fit_the_model_lists_its_layers(tmp_path, data_dir):
-    from apps import runner
-    from apps.image import classification
-
     tfhalf.PrecisionPlan("mixed_float16", {"conv9": "float32"}).save(tmp_path / "plan.json")
     options = parse(f"--precision_plan={tmp_path}/plan.json", f"--data_dir={data_dir}")
     with pytest.raises(runner.AppError, match=r"conv9.*matches no layer.*conv1"):
