@@ -93,6 +93,17 @@ def test_numbers_of_one_place_by_hand(policy, spacing):
     assert place.dtype == policy[6:]
 
 
+def test_activities_are_regularised_in_float32_as_the_step_does():
+    x = np.full([16, 4], 30.0, "float32")  # whose squares' sum, 57,600 times 4, float16 doesn't hold
+    with tfhalf.PrecisionPlan().scope():
+        body = keras.layers.Dense(16, kernel_initializer="ones", activity_regularizer="l2", name="body")
+        model = keras.Sequential([keras.Input([4]), body, keras.layers.Dense(1, dtype="float32")])
+    tfhalf.compile_model(model, keras.optimizers.SGD(), loss="mse", initial_scale=1.0)
+    compared = compare(model, (x, np.zeros([16, 1], "float32")))
+    assert compared.forward is None
+    assert compared.backward is None
+
+
 def test_scale_is_the_optimizers(build_convnet, pictures):
     batch = (pictures, np.zeros([12, 3], "float32"))
     assert compare(convnet(build_convnet, initial_scale=64.0), batch).scale == 64.0

@@ -265,6 +265,7 @@ PLANTED = [
     ("ignored_setting", "", "error", lambda: compiled(stack(HALF, [8], dense(), out), stock(weight_decay=0.5))),
     ("unguarded_statistics", "norm", "warning", lambda: compiled(normed())),
     ("unguarded_statistics", "block/norm", "warning", lambda: compiled(stack(HALF, [8], lambda: Block(layers.BatchNormalization(name="norm"), name="block"), dense(2, **F32)), stock())),
+    ("unguarded_statistics", "norm", "warning", lambda: compiled(ours(normed()), stock())),
     ("half_loss", "body", "error", lambda: compiled(penalised())),
     ("half_loss", "body", "warning", lambda: penalised(BFLOAT)),
     ("half_loss", "block/adds", "error", lambda: compiled(adds_loss())),

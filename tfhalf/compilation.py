@@ -25,6 +25,8 @@ from tfhalf.optimizer import LossScaleOptimizer
 
 # 2^32 divided by the golden ratio: multiples lie far apart (Knuth, The Art of Computer Programming 3, section 6.4).
 _SEED_STEP = 0x9E3779B9
+# Attribute of a training step: the optimizer whose skipped steps it takes back.
+_GUARDED = "guarded_optimizer"
 # What is put on the model, and taken off when it is compiled again.
 _OVERRIDDEN = (
     "train_step",
@@ -96,6 +98,11 @@ def compiled_by_us(model: keras.Model) -> bool:
     step is no longer taken back. A loaded or cloned model has none of it.
     """
     return "_aggregate_additional_loss" in vars(model)
+
+
+def takes_back(model: keras.Model) -> bool:
+    """Returns whether a step that the model's optimizer skips is taken back; after Keras' own `compile` it isn't."""
+    return getattr(vars(model).get("train_step"), _GUARDED, None) is model.optimizer
 
 
 def spread_random_states(model: keras.Model) -> None:
@@ -194,6 +201,7 @@ def _guard_statistics(model: keras.Model) -> None:
             variable.assign(tf.where(taken, new, old))
         return logs
 
+    setattr(train_step, _GUARDED, optimizer)
     model.train_step = train_step
 
 

@@ -215,8 +215,11 @@ def _ignored_setting(evidence: Evidence) -> Iterator[Row]:
 
 
 def _unguarded_statistics(evidence: Evidence) -> Iterator[Row]:
-    own_step = type(evidence.model).train_step is not keras.Model.train_step or "train_step" in vars(evidence.model)
-    if own_step or not isinstance(evidence.optimizer, keras.optimizers.LossScaleOptimizer):
+    model = evidence.model
+    own_step = "train_step" in vars(model) and not compilation.compiled_by_us(model)
+    if own_step or type(model).train_step is not keras.Model.train_step:
+        return  # it may take it back by itself
+    if not isinstance(evidence.optimizer, keras.optimizers.LossScaleOptimizer) or compilation.takes_back(model):
         return
     for path, layer in evidence.halves("float16"):
         if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
