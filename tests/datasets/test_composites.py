@@ -240,6 +240,7 @@ def real(tmp_path_factory):
     return read(builder), folder / "downloads" / "manual" / "composites"
 
 
+@pytest.mark.soak  # 187 MB, and minutes of drawing; the stand-in goes the same way
 @pytest.mark.slow
 def test_real_packages_counts(real):
     parts, folder = real
@@ -252,6 +253,7 @@ def test_real_packages_counts(real):
     assert all((folder / "stamps" / name.decode()).exists() for name in set().union(*stamps.values()))
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_real_splits_share_nothing(real):
     parts, folder = real
@@ -266,6 +268,7 @@ def test_real_splits_share_nothing(real):
                 assert seen.setdefault(key, split) == split, path
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_real_masks_and_boxes_agree(real):
     parts, _ = real
@@ -281,6 +284,7 @@ def test_real_masks_and_boxes_agree(real):
             assert not mask[~covered].any()
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_real_pixels_are_the_background(real):
     # Far from its one object, a picture is a part of its background: found by trying all places, both ways round.
@@ -301,6 +305,7 @@ def test_real_pixels_are_the_background(real):
         assert places == 1
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_only_damaged_files_are_fetched_again(real, tmp_path):
     _, folder = real

@@ -234,6 +234,7 @@ def test_no_files_are_told(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.soak  # the stand-in goes the same way
 def test_real_packages(tmp_path):
     if shutil.which("apt-get") is None:
         pytest.skip("this machine has no apt-get")

@@ -212,6 +212,7 @@ def test_what_programs_are_asked(tmp_path, voices):
 
 
 @pytest.mark.slow
+@pytest.mark.soak  # the stand-in goes the same way
 def test_real_packages(tmp_path):
     if shutil.which("apt-get") is None:
         pytest.skip("this machine has no apt-get")
