@@ -43,6 +43,9 @@ _TEXT_SUFFIX = ".txt"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 _SOUND_SUFFIXES = (".wav", ".ogg", ".flac")
 _MANIFEST = "assets.extra/manifest.json"
+_CHECKSUM = "assets.extra/manifest.sha256"
+# The manifest doesn't know them; a signature is checked by `tfhalf.verify(folder, require_signature=KEY)`.
+_NOT_HASHED = {_MANIFEST, _CHECKSUM, "assets.extra/model.sig"}
 _TOP_K, _MIN_SCORE = 3, 0.5
 _NUM_TOLD = 3  # boxes or classes in a line of text; --json has all
 _NAME_CHARACTERS = 60  # of a text that stands for itself in a line
@@ -232,14 +235,22 @@ def find_bundle(folder: Path) -> Path:
 
 
 def check_bundle(folder: Path) -> dict:
-    """Returns the manifest after comparing every file with it."""
+    """Returns the manifest after comparing every file with it, and it with its checksum."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        content = (folder / _MANIFEST).read_bytes()
+        checksum = (folder / _CHECKSUM).read_bytes()
+        manifest = json.loads(content.decode())
         expected = {name: about["sha256"] for name, about in manifest["files"].items()}
         manifest["metadata"].get("task")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PredictError(f"{folder} is no bundle: can't read {_MANIFEST} ({error})") from error
-    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()} - {_MANIFEST}
+    if checksum != f"{hashlib.sha256(content).hexdigest()}  manifest.json\n".encode():
+        raise PredictError(f"{folder}: {_MANIFEST} was changed (it differs from {_CHECKSUM}); nothing was loaded")
+    paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    for path in paths:
+        if path.is_symlink() or not path.is_file():
+            raise PredictError(f"{path} is a link or a device, not a bundle's file; nothing was loaded")
+    present = {str(path.relative_to(folder)) for path in paths} - _NOT_HASHED
     for name in sorted(present ^ expected.keys()):
         raise PredictError(
             f"{folder}: {name} is {'missing' if name in expected else 'not in the manifest'}; nothing was loaded"

@@ -64,6 +64,56 @@ def test_damage_is_found_before_loading(copy, samples, damage, message):
             check(copy)
 
 
+def refused(folder: Path) -> str:
+    """Loads a bundle; returns why not. It must be our check that says so: TensorFlow hasn't seen the folder yet."""
+    with pytest.raises(tfhalf.ExportError) as caught:
+        tfhalf.load_saved_model(folder)
+    assert "check" in {entry.name for entry in caught.traceback}
+    return str(caught.value)
+
+
+def test_any_byte_that_was_changed_is_found(copy):
+    random = np.random.default_rng(20)
+    files = sorted(path for path in copy.rglob("*") if path.is_file() and path.stat().st_size)
+    for _ in range(200):  # of each file as many: most bytes are the variables'
+        path = files[random.integers(len(files))]
+        content = path.read_bytes()
+        at, bits = int(random.integers(len(content))), int(random.integers(1, 256))
+        path.write_bytes(content[:at] + bytes([content[at] ^ bits]) + content[at + 1 :])
+        assert path.name in refused(copy) or path.suffix == ".sha256", (path, at, bits)
+        path.write_bytes(content)
+    tfhalf.bundle.check(copy)
+
+
+def test_files_that_grew_shrank_or_were_swapped_are_found(copy):
+    files = sorted(path for path in copy.rglob("*") if path.is_file() and path.stat().st_size)
+    contents = [path.read_bytes() for path in files]
+    for path, content, other in zip(files, contents, contents[1:] + contents[:1], strict=True):
+        for changed in (content[:-1], content + b"\0", b"", other):
+            path.write_bytes(changed)
+            refused(copy)
+        path.unlink()
+        refused(copy)
+        path.write_bytes(content)
+    tfhalf.bundle.check(copy)
+
+
+def test_a_fingerprint_or_samples_that_are_none_are_told(copy):
+    for name, message, check in (
+        ("fingerprint.pb", r"fingerprint\.pb", tfhalf.bundle.check),
+        ("saved_model.pb", "is no SavedModel", tfhalf.bundle.check),
+        ("assets.extra/sample_outputs.npz", r"sample_outputs\.npz can't be read as arrays", tfhalf.verify),
+    ):
+        content = (copy / name).read_bytes()
+        (copy / name).write_bytes(b"\xff" * 20)
+        manifest = tfhalf.Manifest.read(copy)
+        manifest.files.update(tfhalf.bundle.hashes(copy))
+        manifest.write(copy)
+        with pytest.raises(tfhalf.ExportError, match=message):
+            check(copy)
+        (copy / name).write_bytes(content)
+
+
 def test_verify_runs_the_signatures(copy):
     # A bundle whose hashes are right and whose answers are wrong.
     with np.load(copy / "assets.extra" / "sample_outputs.npz") as file:

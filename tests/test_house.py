@@ -11,6 +11,8 @@ SOURCES = sorted([*ROOT.glob("tfhalf/**/*.py"), *ROOT.glob("apps/**/*.py"), *ROO
 
 # What each module may import of ours; a package's name stands for all inside it.
 LAYERS = [
+    {"tfhalf.manifest"},
+    {"tfhalf.operations", "tfhalf.signing", "tfhalf.publishing"},
     {"tfhalf.precision", "tfhalf.replay", "tfhalf.bundle", "tfhalf.distribution"},
     {"tfhalf.kernels", "tfhalf.optimizer", "tfhalf.checkpoint"},
     {

@@ -1,115 +1,48 @@
-"""A bundle on disk: what its manifest says, whether that is true, and the way to load it.
+"""A bundle on disk: whether it is what its manifest says, and the way to load it.
 
-Nothing is loaded unless every file's sha256 agrees with the manifest and the graph holds only operations that any plain
-TensorFlow server runs. `verify` also runs every signature in a fresh process, on the sample inputs that the bundle
-brings, and compares with the outputs of the training model beside them.
+Nothing is loaded unless every file's sha256 agrees with the manifest, the graph holds only operations that are let
+through (`tfhalf.operations`), it has the signatures that the manifest tells of, and, where that is asked for, somebody
+signed it. `verify` also runs every signature in a fresh process, on the sample inputs that the bundle brings, and
+compares with the outputs of the training model beside them.
 
-`manifest.json` guards against damage and mix-ups, not against an attacker: whoever can write the folder can write
-the manifest too. `tfhalf.export` writes bundles.
+Whoever can write the folder between the check and the load can still change what is loaded: serve from a folder that
+only you can write. `tfhalf.export` writes bundles, `tfhalf.manifest` says what is in them.
 """
 
-import dataclasses
-import hashlib
-import json
 import os
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.core.protobuf import saved_model_pb2
+from google.protobuf.message import DecodeError
+from tensorflow.core.protobuf import fingerprint_pb2, meta_graph_pb2, saved_model_pb2
 
-EXTRA = "assets.extra"
-_MANIFEST = f"{EXTRA}/manifest.json"
+from tfhalf import operations, signing
+from tfhalf.manifest import EXTRA as EXTRA
+from tfhalf.manifest import GRAPH, ExportError, Manifest, check_files
+from tfhalf.manifest import hashes as hashes
+
 INPUTS = f"{EXTRA}/sample_inputs.npz"
 OUTPUTS = f"{EXTRA}/sample_outputs.npz"
 
 # Ends the name of a signature that gives what a decision (the largest class, the boxes that stay) was made from.
 RAW = "_raw"
 
-_SAVER_OPS = {"SaveV2", "RestoreV2", "MergeV2Checkpoints", "ShardedFilename"}
-_FORBIDDEN_OPS = {
-    "PyFunc": "needs this Python process",
-    "PyFuncStateless": "needs this Python process",
-    "EagerPyFunc": "needs this Python process",
-    "ReadFile": "reads the server's files",
-    "WriteFile": "writes the server's files",
-    "Save": "writes the server's files",
-    "SaveSlices": "writes the server's files",
-    "Restore": "reads the server's files",
-    "RestoreSlice": "reads the server's files",
-    "TextLineDataset": "reads the server's files",
-    "TFRecordDataset": "reads the server's files",
-    "FixedLengthRecordDataset": "reads the server's files",
-    "MatchingFiles": "lists the server's files",
-    "PrintV2": "prints on the server",
-    "CudnnRNN": "runs on one kind of device only",
-    "CudnnRNNV2": "runs on one kind of device only",
-    "CudnnRNNV3": "runs on one kind of device only",
-} | dict.fromkeys(_SAVER_OPS, "reads or writes the server's files")
-
 Arrays = Mapping[str, np.ndarray]
 
 
-class ExportError(Exception):
-    """An artefact can't be made, or isn't what its manifest says; nothing was published."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What a bundle is, as written in `assets.extra/manifest.json`.
-
-    Attributes:
-        created: time in UTC, ISO 8601.
-        versions: package to version, of what wrote it.
-        storage_dtype: dtype of the stored weights.
-        kept: variable to the reason why it stayed in its own dtype.
-        signatures: name to {"inputs", "outputs", "compute_dtypes", "tolerance", "max_error"}; inputs and outputs map
-            names to {"dtype", "shape"}; max_error maps outputs to the largest difference seen; tolerance is None
-            where a decision is served, whose numbers are compared in `<name>_raw`.
-        sizes: bytes of "variables", "graph" and "total".
-        fingerprint: hash of the signatures as TensorFlow computes it: equal for every storage dtype.
-        files: path to {"bytes", "sha256"}, of every file but the manifest.
-        metadata: what the caller gave: task, flags, plan, metrics, class names.
-    """
-
-    created: str
-    versions: dict[str, str]
-    storage_dtype: str
-    kept: dict[str, str]
-    signatures: dict[str, dict[str, Any]]
-    sizes: dict[str, int]
-    fingerprint: str
-    files: dict[str, dict[str, Any]]
-    metadata: dict[str, Any]
-
-    def write(self, directory: Path) -> None:
-        """Writes the manifest into its bundle."""
-        text = json.dumps(dataclasses.asdict(self), indent=2)
-        (directory / _MANIFEST).write_text(text + "\n", encoding="utf-8")
-
-    @classmethod
-    def read(cls, directory: Path) -> "Manifest":
-        """Reads a bundle's manifest; it checks nothing else.
-
-        Raises:
-            ExportError: there is none, or it isn't one of ours.
-        """
-        try:
-            return cls(**json.loads((directory / _MANIFEST).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise ExportError(f"{directory} is no tfhalf bundle: can't read {_MANIFEST} ({error})") from error
-
-
-def verify(directory: str | os.PathLike) -> Manifest:
-    """Checks a bundle: its files against the hashes, its operations, and every signature in a fresh process.
+def verify(directory: str | os.PathLike, require_signature: str | os.PathLike | None = None) -> Manifest:
+    """Checks a bundle: all that `check` does, then every signature in a fresh process.
 
     Args:
         directory: the version folder.
+        require_signature: file with the public key of who must have signed it, in PEM. Default: it needs no signature.
 
     Returns:
         Its `Manifest`.
@@ -118,36 +51,66 @@ def verify(directory: str | os.PathLike) -> Manifest:
         ExportError: anything differs; the message says what.
     """
     directory = Path(directory)
-    manifest = _check_files(directory)
-    check_operations(directory)
+    manifest = check(directory, require_signature)
     errors = replay(directory)
     for name, signature in manifest.signatures.items():
         check_errors(name, errors.get(name, {}), signature["outputs"].keys(), signature["tolerance"])
     return manifest
 
 
+def check(directory: str | os.PathLike, require_signature: str | os.PathLike | None = None) -> Manifest:
+    """Checks a bundle without loading or running anything of it: what a server does before it loads one.
+
+    Args:
+        directory: the version folder.
+        require_signature: file with the public key of who must have signed it, in PEM. Default: it needs no signature.
+
+    Returns:
+        Its `Manifest`.
+
+    Raises:
+        ExportError: it isn't signed by that key; a file differs from the manifest; the graph has other signatures than
+            the manifest says, or an operation that may not stand there.
+    """
+    directory = Path(directory)
+    if require_signature is not None:
+        signing.check_signature(directory, require_signature)
+    try:
+        manifest = check_files(directory)
+        graph = check_operations(directory)
+        _check_interface(directory, manifest, graph)
+    except OSError as error:
+        raise ExportError(f"{directory} can't be read: {error}") from error
+    return manifest
+
+
 def load_saved_model(
-    directory: str | os.PathLike, signature: str = "serving_default"
+    directory: str | os.PathLike,
+    signature: str = "serving_default",
+    require_signature: str | os.PathLike | None = None,
 ) -> Callable[[np.ndarray | Arrays], dict[str, np.ndarray]]:
-    """Loads a bundle's signature after checking every file's hash.
+    """Loads a bundle's signature after checking its files, its graph, and who signed it where that is asked for.
 
     Args:
         directory: the version folder.
         signature: "serving_default", "serving_float32" or "serving_bfloat16", or one of them with what a decision
             added, as `_raw`.
+        require_signature: file with the public key of who must have signed it, in PEM. Default: it needs no signature.
 
     Returns:
         A function from inputs (arrays by name, or one array) to arrays by name: float32, or what was decided.
 
     Raises:
-        ExportError: a file was changed, is missing or is new; there is no such signature.
+        ExportError: as in `check`, before anything is loaded; there is no such signature; it can't be loaded.
     """
     directory = Path(directory)
-    manifest = _check_files(directory)
-    check_operations(directory)
+    manifest = check(directory, require_signature)
     if signature not in manifest.signatures:
         raise ExportError(f"{directory} has no signature {signature!r}; it has {', '.join(manifest.signatures)}")
-    loaded = tf.saved_model.load(str(directory))
+    try:
+        loaded = tf.saved_model.load(str(directory))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, tf.errors.OpError) as error:
+        raise ExportError(f"{directory} can't be loaded: {first_line(error)}") from error
     specs = loaded.signatures[signature].structured_input_signature[1]
 
     def call(inputs: np.ndarray | Arrays) -> dict[str, np.ndarray]:
@@ -186,13 +149,13 @@ def bytes_not_objects(array: np.ndarray) -> np.ndarray:
     return array.astype("S") if array.dtype.kind == "O" else array
 
 
-def replay(directory: Path) -> dict[str, dict[str, float]]:
-    """Runs every signature in a fresh process; returns signature -> output -> largest difference to the expected."""
+def run(directory: Path, inputs: Path) -> dict[str, np.ndarray]:
+    """Runs every signature in a fresh process on the arrays of a file; returns arrays by "<signature>/<output>"."""
     with tempfile.TemporaryDirectory() as scratch:
         outputs = Path(scratch) / "outputs.npz"
         script = Path(__file__).with_name("replay.py")
         result = subprocess.run(
-            [sys.executable, "-P", str(script), str(directory), str(directory / INPUTS), str(outputs)],
+            [sys.executable, "-P", str(script), str(directory), str(inputs), str(outputs)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -200,10 +163,25 @@ def replay(directory: Path) -> dict[str, dict[str, float]]:
         )
         if result.returncode != 0:
             raise ExportError(f"{directory} can't be run in a fresh process: {first_line(result.stderr)}")
-        with np.load(outputs, allow_pickle=False) as file:
-            seen = dict(file)
-    with np.load(directory / OUTPUTS, allow_pickle=False) as file:
-        expected = dict(file)
+        return read_arrays(outputs)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Reads arrays by name from an .npz file.
+
+    Raises:
+        ExportError: it can't be read as one.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ExportError(f"{path} can't be read as arrays by name, in numpy's .npz: {error}") from error
+
+
+def replay(directory: Path) -> dict[str, dict[str, float]]:
+    """Runs every signature in a fresh process; returns signature -> output -> largest difference to the expected."""
+    seen, expected = run(directory, directory / INPUTS), read_arrays(directory / OUTPUTS)
     if seen.keys() != expected.keys():
         raise ExportError(f"{directory}: expected the outputs {sorted(expected)}, got {sorted(seen)}")
     errors: dict[str, dict[str, float]] = {}
@@ -250,62 +228,66 @@ def check_errors(signature: str, errors: dict[str, float], outputs, tolerance: f
             )
 
 
-def _check_files(directory: Path) -> Manifest:
-    """Compares every file with the manifest."""
-    manifest = Manifest.read(directory)
-    present = {str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir()} - {_MANIFEST}
-    if missing := sorted(manifest.files.keys() - present):
-        raise ExportError(f"{directory}: {', '.join(missing)} is missing; export the model again")
-    if strange := sorted(present - manifest.files.keys()):
-        raise ExportError(f"{directory}: {', '.join(strange)} isn't in its manifest; export the model again")
-    for name, expected in manifest.files.items():
-        if _sha256(directory / name) != expected["sha256"]:
-            raise ExportError(
-                f"{directory}: {name} isn't the file that was exported (sha256 differs); export the model again"
-            )
-    return manifest
+def read_graph(directory: Path) -> saved_model_pb2.SavedModel:
+    """Reads a SavedModel's graph without loading it.
+
+    Raises:
+        ExportError: there is none.
+    """
+    try:
+        return saved_model_pb2.SavedModel.FromString((directory / GRAPH).read_bytes())
+    except (OSError, DecodeError) as error:
+        raise ExportError(f"{directory} is no SavedModel: can't read {GRAPH} ({error})") from error
 
 
-def check_operations(directory: Path) -> None:
-    """Refuses a graph that any plain TensorFlow server couldn't run, or shouldn't."""
-    proto = saved_model_pb2.SavedModel()
-    proto.ParseFromString((directory / "saved_model.pb").read_bytes())
-    for meta_graph in proto.meta_graphs:
-        graph = meta_graph.graph_def
-        saver = meta_graph.saver_def
-        top_level = [(node.op, "the graph") for node in graph.node]
-        inner = [
-            (node.op, function.signature.name) for function in graph.library.function for node in function.node_def
-        ]
-        functions = {function.signature.name for function in graph.library.function}
-        for operation, where in top_level + inner:
-            in_saver = (
-                "_traced_save" in where
-                or "_traced_restore" in where
-                or (where == "the graph" and bool(saver.save_tensor_name))
-            )
-            if operation in functions or (operation in _SAVER_OPS and in_saver):
-                continue
-            why = _FORBIDDEN_OPS.get(operation) or (
-                None if hasattr(tf.raw_ops, operation) else "isn't part of TensorFlow"
-            )
-            if why:
-                raise ExportError(f"{directory}: operation {operation} in {where} {why}; it can't be served")
+def check_operations(directory: Path) -> meta_graph_pb2.MetaGraphDef:
+    """Refuses a graph that reaches out of itself, or that any plain TensorFlow server couldn't run; returns it."""
+    proto = read_graph(directory)
+    if refused := operations.find_refused(proto):
+        raise ExportError(f"{directory}: {refused}; it can't be served")
+    if len(proto.meta_graphs) != 1:
+        raise ExportError(f"{directory}: it has {len(proto.meta_graphs)} graphs; a bundle has one")
+    return proto.meta_graphs[0]
 
 
-def hashes(directory: Path) -> dict[str, dict[str, Any]]:
-    """Returns bytes and sha256 of every file but the manifest, by its path in the bundle."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
+def signatures_of(graph: meta_graph_pb2.MetaGraphDef) -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns a graph's signatures as a manifest tells of them: name to {"inputs", "outputs"}, these to dtype and
+    shape."""
+
+    def about(infos) -> dict[str, Any]:
+        return {name: _about(infos[name]) for name in sorted(infos)}
+
     return {
-        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in files
-        if str(path.relative_to(directory)) != _MANIFEST
+        name: {"inputs": about(signature.inputs), "outputs": about(signature.outputs)}
+        for name, signature in graph.signature_def.items()
+        if name != operations.INIT_SIGNATURE
     }
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _about(info: meta_graph_pb2.TensorInfo) -> dict[str, Any]:
+    shape = tf.TensorShape(info.tensor_shape)
+    return {"dtype": tf.as_dtype(info.dtype).name, "shape": shape.as_list() if shape.rank is not None else None}
+
+
+def _check_interface(directory: Path, manifest: Manifest, graph: meta_graph_pb2.MetaGraphDef) -> None:
+    """Compares what the graph takes and gives with what the manifest says of it."""
+    try:
+        real = signatures_of(graph)
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"{directory}: its graph's signatures can't be read ({error})") from error
+    told = {name: {key: one[key] for key in ("inputs", "outputs")} for name, one in manifest.signatures.items()}
+    for name in real.keys() | told.keys():
+        if real.get(name) != told.get(name):
+            raise ExportError(f"{directory}: the signature {name} isn't in both its graph and its manifest, or differs")
+    try:
+        fingerprint = fingerprint_pb2.FingerprintDef.FromString((directory / "fingerprint.pb").read_bytes())
+    except DecodeError as error:
+        raise ExportError(f"{directory}: fingerprint.pb can't be read ({error})") from error
+    if str(fingerprint.signature_def_hash) != manifest.fingerprint:
+        raise ExportError(f"{directory}: fingerprint.pb is of another model than the manifest; export the model again")
+    for name in operations.assets(graph).values():
+        if f"assets/{name}" not in manifest.files:
+            raise ExportError(f"{directory}: its graph names the asset {name!r}, which isn't in its manifest")
 
 
 def first_line(error) -> str:

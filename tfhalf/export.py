@@ -19,24 +19,21 @@ Source of the layout: TensorFlow Serving, https://www.tensorflow.org/tfx/serving
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import functools
 import importlib.metadata
 import json
 import os
-import shutil
 import sys
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
-from tfhalf import bundle, precision
+from tfhalf import bundle, precision, publishing
 
 # Largest difference to the training model, as a share of the largest output (at least 1). Weights are rounded to
 # float16 (2^-11 of each); the dtype's own roundoff comes on top: 2^-24, 2^-11, 2^-8. About 20 roundings deep.
@@ -116,21 +113,36 @@ def export_saved_model(
         raise bundle.ExportError("input_signature is missing: say the dtypes and shapes of serve's inputs")
     samples = bundle.named_arrays(inputs, input_signature)
     if not callable(metadata):
-        metadata = _plain_json(metadata or {})
+        metadata = plain_json(metadata or {})
     if os.path.lexists(directory):
         raise bundle.ExportError(f"{directory} exists; choose another version")
     try:
-        with _staging(directory) as stage:
+        with publishing.staging(directory) as stage:
             served = functools.partial(_served, serve=serve, decide=decide)
             manifest = _write(
                 model, stage, samples, served, input_signature, storage_dtype, tolerance, metadata, resources
             )
-            _publish(stage, directory)
+            publishing.publish(stage, directory)
     except (OSError, tf.errors.OpError) as error:
         raise bundle.ExportError(
             f"can't write {directory}: {bundle.first_line(error)}; nothing was published"
         ) from error
     return manifest
+
+
+class Signature(NamedTuple):
+    """A signature to be written.
+
+    function: traced, over variables that the module holds; returns a dict.
+    expected: what the source model answers to the samples, by name.
+    compute_dtypes: what it computes in.
+    tolerance: as the manifest has it.
+    """
+
+    function: Any
+    expected: dict[str, np.ndarray]
+    compute_dtypes: list[str]
+    tolerance: float | None
 
 
 def _write(
@@ -141,44 +153,73 @@ def _write(
     module = tf.Module()
     module.stored = [stored for _, stored in variables]
     module.resources = list(resources)
-    functions, expected, computes = {}, {}, {}
+    signatures = {}
     for name, scope in _signature_scopes(model).items():
         with scope, precision.without_kernels(model):  # what a laptop exports runs natively on a GPU
             for signature, function in served(name).items():
-                computes[signature] = sorted(precision.compute_dtypes(model))
-                functions[signature] = _trace(function, input_signature, variables)
+                computes = sorted(precision.compute_dtypes(model))
+                traced = _trace(function, input_signature, variables)
                 # The same trace over the model's own float32 variables is what the artefact is compared with.
                 own = _trace(function, input_signature, [])
                 outputs = own(**{key: tf.constant(value) for key, value in samples.items()})
-                expected |= {
-                    f"{signature}/{key}": bundle.bytes_not_objects(tensor.numpy()) for key, tensor in outputs.items()
-                }
+                expected = {key: bundle.bytes_not_objects(tensor.numpy()) for key, tensor in outputs.items()}
+                allowed = tolerance_of(computes, storage_dtype) if tolerance is None else tolerance
+                signatures[signature] = Signature(traced, expected, computes, allowed)
+    if any(name.endswith(bundle.RAW) for name in signatures):
+        signatures = {
+            name: one if name.endswith(bundle.RAW) else one._replace(tolerance=None) for name, one in signatures.items()
+        }
+    return write(stage, module, signatures, samples, storage_dtype, kept, metadata)
+
+
+def write(
+    stage: Path,
+    module: tf.Module,
+    signatures: Mapping[str, Signature],
+    samples: bundle.Arrays,
+    storage_dtype: str,
+    kept: dict[str, str],
+    metadata: dict | Callable[[Path], dict],
+) -> bundle.Manifest:
+    """Writes a bundle into a staging folder, and verifies it in a fresh process.
+
+    Args:
+        stage: an empty folder.
+        module: holds the variables and tables of all signatures.
+        signatures: by name.
+        samples: sample inputs by name, of all signatures.
+        storage_dtype: as the manifest has it.
+        kept: as the manifest has it.
+        metadata: JSON values for the manifest, or a function that gets the finished folder and returns them.
+
+    Returns:
+        The bundle's `Manifest`.
+
+    Raises:
+        ExportError: an operation can't be served; a signature differs from what is expected by more than its tolerance.
+    """
+    functions = {name: one.function for name, one in signatures.items()}
     try:
         tf.saved_model.save(module, str(stage), signatures=functions)
     except AssertionError as error:  # TensorFlow's way to say that a table or a variable isn't the module's
         raise bundle.ExportError(
             f"serve uses a resource that isn't a weight of the model or one of `resources`: {bundle.first_line(error)}"
         ) from error
-    bundle.check_operations(stage)
+    graph = bundle.check_operations(stage)
     (stage / bundle.EXTRA).mkdir()
     (stage / "assets").mkdir(exist_ok=True)
+    expected = {f"{name}/{key}": array for name, one in signatures.items() for key, array in one.expected.items()}
     np.savez(stage / bundle.INPUTS, **{f"inputs/{name}": array for name, array in samples.items()})
     np.savez(stage / bundle.OUTPUTS, **expected)
-    _write_warmup(stage, samples)
+    if "serving_default" in functions:
+        _write_warmup(stage, functions["serving_default"].structured_input_signature[1], samples)
     errors = bundle.replay(stage)
-    signatures = {}
-    decides = any(name.endswith(bundle.RAW) for name in functions)
-    for name, function in functions.items():
-        allowed = _tolerance(computes[name], storage_dtype) if tolerance is None else tolerance
-        if decides and not name.endswith(bundle.RAW):
-            allowed = None
-        outputs = dict(function.structured_outputs)
-        bundle.check_errors(name, errors.get(name, {}), outputs.keys(), allowed)
-        signatures[name] = {
-            "inputs": {key: _about(spec) for key, spec in input_signature.items()},
-            "outputs": {key: _about(tensor) for key, tensor in outputs.items()},
-            "compute_dtypes": computes[name],
-            "tolerance": allowed,
+    about = {name: bundle.signatures_of(graph)[name] for name in signatures}
+    for name, one in signatures.items():
+        bundle.check_errors(name, errors.get(name, {}), about[name]["outputs"].keys(), one.tolerance)
+        about[name] |= {
+            "compute_dtypes": one.compute_dtypes,
+            "tolerance": one.tolerance,
             "max_error": errors[name],
         }
     manifest = bundle.Manifest(
@@ -187,20 +228,25 @@ def _write(
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
         storage_dtype=storage_dtype,
         kept=kept,
-        signatures=signatures,
+        signatures=about,
         sizes=_sizes(stage),
         fingerprint=str(tf.saved_model.experimental.read_fingerprint(str(stage)).signature_def_hash),
         files=bundle.hashes(stage),
         metadata={},
     )
     manifest.write(stage)
-    about = metadata(stage) if callable(metadata) else metadata
-    manifest = dataclasses.replace(manifest, metadata=_plain_json(about))
+    told = metadata(stage) if callable(metadata) else metadata
+    manifest = dataclasses.replace(manifest, metadata=plain_json(told))
     manifest.write(stage)
     return manifest
 
 
-def _plain_json(metadata: dict) -> dict:
+def plain_json(metadata: dict) -> dict:
+    """Returns metadata as it comes back from a manifest.
+
+    Raises:
+        ExportError: it can't be written there.
+    """
     try:
         return json.loads(json.dumps(metadata))
     except (TypeError, ValueError) as error:
@@ -230,7 +276,7 @@ def _half_variables(model: keras.Model, storage_dtype: str):
         if dtype == "float32":
             if not np.all(np.isfinite(value)):
                 raise bundle.ExportError(f"weight {variable.path} holds non-finite values; the model can't be served")
-            reason = _why_keep(value, storage_dtype)
+            reason = why_keep(value, storage_dtype)
             if reason:
                 kept[variable.path if variable.path not in kept else f"{variable.path} (weight {index})"] = reason
             else:
@@ -239,7 +285,8 @@ def _half_variables(model: keras.Model, storage_dtype: str):
     return pairs, kept
 
 
-def _why_keep(value: np.ndarray, storage_dtype: str) -> str:
+def why_keep(value: np.ndarray, storage_dtype: str) -> str:
+    """Says why an array of float32 can't be stored in half; "" where it can."""
     if not value.size:
         return ""
     stored = tf.cast(tf.cast(value, storage_dtype), tf.float32).numpy()
@@ -295,25 +342,25 @@ def _trace(serve, input_signature, variables):
     return tf.function(function, autograph=False).get_concrete_function(**specs)
 
 
-def _tolerance(compute_dtypes: list[str], storage_dtype: str) -> float:
+def tolerance_of(compute_dtypes: list[str], storage_dtype: str) -> float:
+    """Returns the largest difference that a signature may have by default, from what it computes and stores in."""
     if storage_dtype == "float32" and set(compute_dtypes) == {"float32"}:
         return EXACT_TOLERANCE
     return max(TOLERANCES[dtype] for dtype in [*compute_dtypes, storage_dtype] if dtype in TOLERANCES)
 
 
-def _about(spec) -> dict[str, Any]:
-    return {"dtype": spec.dtype.name, "shape": list(spec.shape)}
-
-
-def _write_warmup(stage: Path, samples: bundle.Arrays) -> None:
+def _write_warmup(stage: Path, specs: Mapping[str, tf.TensorSpec], samples: bundle.Arrays) -> None:
     """Writes single-example requests that TF Serving replays before it takes traffic."""
-    count = min(_WARMUP_RECORDS, min(len(array) for array in samples.values()))
+    arrays = {name: samples[name] for name in specs}
+    is_batch = all(spec.shape.rank and spec.shape[0] is None for spec in specs.values())
+    count = min(_WARMUP_RECORDS, *map(len, arrays.values())) if is_batch and arrays else 1
     with tf.io.TFRecordWriter(str(stage / bundle.EXTRA / "tf_serving_warmup_requests")) as writer:
         for index in range(count):
             request = predict_pb2.PredictRequest()
             request.model_spec.signature_name = "serving_default"
-            for name, array in samples.items():
-                request.inputs[name].CopyFrom(tf.make_tensor_proto(array[index : index + 1]))
+            for name, array in arrays.items():
+                example = array[index : index + 1] if is_batch else array
+                request.inputs[name].CopyFrom(tf.make_tensor_proto(example))
             log = prediction_log_pb2.PredictLog(request=request)
             writer.write(prediction_log_pb2.PredictionLog(predict_log=log).SerializeToString())
 
@@ -327,52 +374,3 @@ def _sizes(directory: Path) -> dict[str, int]:
         "graph": (directory / "saved_model.pb").stat().st_size,
         "total": total(directory.rglob("*")),
     }
-
-
-@contextlib.contextmanager
-def _staging(directory: Path) -> Iterator[Path]:
-    """Gives a folder beside the target, removes it on failure, and sweeps up those of exports that were killed."""
-    parent = directory.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with _locked(parent):
-        for leftover in parent.glob(".staging-*"):
-            with contextlib.suppress(OSError), _locked(leftover, wait=False):  # in use, just published, or not ours
-                shutil.rmtree(leftover)
-        stage = parent / f".staging-{directory.name}-{uuid.uuid4().hex[:8]}"
-        stage.mkdir()
-        lock = contextlib.ExitStack()
-        lock.enter_context(_locked(stage))
-    with lock:
-        try:
-            yield stage
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Holds a lock on a folder that ends with the process, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _publish(stage: Path, directory: Path) -> None:
-    """Brings everything to disk, then renames; a version that appeared meanwhile isn't replaced."""
-    for path in [*stage.rglob("*"), stage]:
-        _sync(path)
-    if os.path.lexists(directory):
-        raise bundle.ExportError(f"{directory} exists; choose another version")
-    stage.rename(directory)  # fails where the target is a folder with something in it
-    _sync(directory.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -75,6 +75,33 @@ def test_changed_bundle_is_not_loaded(bundle, trained, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("metadata", r"manifest\.json was changed"),
+        ("link", r"more\.txt is a link or a device"),
+        ("no checksum", "is no bundle"),
+        ("signature", ""),  # not this program's to judge
+    ],
+)
+def test_what_the_manifest_does_not_hash_is_checked_too(detector, tmp_path, damage, message):
+    copy = Path(shutil.copytree(detector, tmp_path / "1"))
+    extra = copy / "assets.extra"
+    if damage == "metadata":
+        text = (extra / "manifest.json").read_text()
+        (extra / "manifest.json").write_text(text.replace("tree", "free"))
+    elif damage == "link":
+        (copy / "assets" / "more.txt").symlink_to("/etc/hostname")
+    elif damage == "no checksum":
+        (extra / "manifest.sha256").unlink()
+    else:
+        (extra / "model.sig").write_text("{}")
+        assert predict.check_bundle(copy)["metadata"]["task"] == "object_detection"
+        return
+    with pytest.raises(predict.PredictError, match=message):
+        predict.check_bundle(copy)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--saved_model=/nowhere", "x.png"], "error: --saved_model=/nowhere is no bundle"),
@@ -122,8 +149,16 @@ def publish(module, folder: Path, task: str, class_names: list, **about) -> Path
     hashes = {name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for name, path in files.items()}
     metadata = {"task": task, "about": {"class_names": class_names, **about}}
     (folder / "assets.extra").mkdir()
-    (folder / "assets.extra" / "manifest.json").write_text(json.dumps({"files": hashes, "metadata": metadata}))
+    write_manifest(folder, {"files": hashes, "metadata": metadata})
     return folder
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """Writes a manifest and its checksum, as `sha256sum` does."""
+    text = json.dumps(manifest)
+    (folder / "assets.extra" / "manifest.json").write_text(text)
+    checksum = f"{hashlib.sha256(text.encode()).hexdigest()}  manifest.json\n"
+    (folder / "assets.extra" / "manifest.sha256").write_text(checksum)
 
 
 @pytest.fixture(scope="module")
@@ -392,7 +427,7 @@ def test_bundles_that_keep_no_contract(detector, segmenters, tmp_path, capsys):
         copy = Path(shutil.copytree(folder, tmp_path / f"{len(list(tmp_path.iterdir()))}"))
         manifest = json.loads((copy / "assets.extra" / "manifest.json").read_text())
         manifest["metadata"] |= metadata
-        (copy / "assets.extra" / "manifest.json").write_text(json.dumps(manifest))
+        write_manifest(copy, manifest)
         return copy
 
     for folder, message in (
