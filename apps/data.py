@@ -9,7 +9,7 @@ is left alone; a killed run goes on with the file that it was fetching.
 import sys
 
 import tensorflow_datasets as tfds
-from absl import app, flags, logging
+from absl import flags
 
 from apps import runner
 from tfhalf import datasets
@@ -33,15 +33,10 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main() -> None:
     """Runs the program."""
-    define_flags(flags.FLAGS)
-    logging.set_verbosity(logging.WARNING)
-    app.run(lambda argv: sys.exit(runner.exit_code(_run, argv)))
+    runner.start(define_flags, _run)
 
 
-def _run(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise runner.AppError(f"unexpected argument {argv[1]!r}: give names as --dataset=a,b")
-    values = flags.FLAGS
+def _run(values: flags.FlagValues) -> None:
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     for name in values.dataset:  # a misspelt name is told before the first hour of downloads

@@ -119,13 +119,24 @@ class Task:
 
 def main(task: Task) -> None:
     """Runs an app: `if __name__ == "__main__": runner.main(TASK)`."""
-    names = define_flags(task, flags.FLAGS)
+    names: list[str] = []
+    start(lambda values: names.extend(define_flags(task, values)), lambda values: run(task, options_of(values, names)))
+
+
+def start(define_own: Callable[[flags.FlagValues], None], body: Callable[[flags.FlagValues], None]) -> None:
+    """Runs a program of flags, and ends the process with its exit status.
+
+    Args:
+        define_own: defines its flags.
+        body: is given the parsed flags.
+    """
+    define_own(flags.FLAGS)
     logging.set_verbosity(logging.WARNING)  # --verbosity=0 brings TFDS' own reports back
 
     def run_once(argv: list[str]) -> None:
         if len(argv) > 1:
             raise AppError(f"unexpected argument {argv[1]!r}: every setting is a --flag=value")
-        run(task, options_of(flags.FLAGS, names))
+        body(flags.FLAGS)
 
     app.run(lambda argv: sys.exit(exit_code(run_once, argv)))
 

@@ -1,4 +1,4 @@
-"""Signs a bundle, so that a server can ask for the signature before it loads one.
+"""Signs a bundle, so that whoever loads it can ask for the signature first.
 
     openssl ecparam -name prime256v1 -genkey -noout -out key.pem     # once; keep it to yourself
     openssl ec -in key.pem -pubout -out key.pub                      # for everyone who checks
@@ -11,9 +11,7 @@ require_signature="key.pub")`.
 Training doesn't sign: a machine that trains needs no key, and who signs has looked at what was published.
 """
 
-import sys
-
-from absl import app, flags, logging
+from absl import flags
 
 import tfhalf
 from apps import runner
@@ -30,15 +28,10 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main() -> None:
     """Runs the program."""
-    define_flags(flags.FLAGS)
-    logging.set_verbosity(logging.WARNING)
-    app.run(lambda argv: sys.exit(runner.exit_code(_run, argv)))
+    runner.start(define_flags, _run)
 
 
-def _run(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise runner.AppError(f"unexpected argument {argv[1]!r}: every setting is a --flag=value")
-    values = flags.FLAGS
+def _run(values: flags.FlagValues) -> None:
     runner.say("verifying in a fresh process")
     tfhalf.verify(values.saved_model)
     runner.say(f"signed: {signing.sign(values.saved_model, values.private_key)}")

@@ -73,6 +73,28 @@ def test_imports_run_one_way(path):
         assert layer_of(imported) < layer_of(name) or inside, imported
 
 
+# What may use private Keras, and what else is private and has no public way.
+PRIVATE_KERAS = {"tfhalf.precision", "tfhalf.optimizer", "tfhalf.acceleration", "tfhalf.compilation"}
+PRIVATE = {"tfhalf.workload": {"_get_function"}, "tfhalf.datasets.bible_en_es": {"_decompressed_text"}}
+
+
+def private_names(path: Path) -> set[str]:
+    """Attributes that begin with an underscore, and that the file itself doesn't define."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    used = [node for node in nodes if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr)]
+    on_self = [node for node in used if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")]
+    own |= {node.attr for node in on_self}
+    return {node.attr for node in used} - own
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_private_names_stay_where_they_may_be(path):
+    name = module_name(path)
+    if name not in PRIVATE_KERAS:
+        assert private_names(path) <= PRIVATE.get(name, set())
+
+
 def test_flags_live_in_programs_only():
     for path in ROOT.glob("tfhalf/**/*.py"):
         assert "absl" not in path.read_text(), path

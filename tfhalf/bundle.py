@@ -59,7 +59,7 @@ def verify(directory: str | os.PathLike, require_signature: str | os.PathLike | 
 
 
 def check(directory: str | os.PathLike, require_signature: str | os.PathLike | None = None) -> Manifest:
-    """Checks a bundle without loading or running anything of it: what a server does before it loads one.
+    """Checks a bundle without loading or running anything of it.
 
     Args:
         directory: the version folder.
@@ -149,7 +149,7 @@ def bytes_not_objects(array: np.ndarray) -> np.ndarray:
     return array.astype("S") if array.dtype.kind == "O" else array
 
 
-def run(directory: Path, inputs: Path) -> dict[str, np.ndarray]:
+def _run(directory: Path, inputs: Path) -> dict[str, np.ndarray]:
     """Runs every signature in a fresh process on the arrays of a file; returns arrays by "<signature>/<output>"."""
     with tempfile.TemporaryDirectory() as scratch:
         outputs = Path(scratch) / "outputs.npz"
@@ -163,10 +163,10 @@ def run(directory: Path, inputs: Path) -> dict[str, np.ndarray]:
         )
         if result.returncode != 0:
             raise ExportError(f"{directory} can't be run in a fresh process: {first_line(result.stderr)}")
-        return read_arrays(outputs)
+        return _read_arrays(outputs)
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Reads arrays by name from an .npz file.
 
     Raises:
@@ -181,7 +181,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 def replay(directory: Path) -> dict[str, dict[str, float]]:
     """Runs every signature in a fresh process; returns signature -> output -> largest difference to the expected."""
-    seen, expected = run(directory, directory / INPUTS), read_arrays(directory / OUTPUTS)
+    seen, expected = _run(directory, directory / INPUTS), _read_arrays(directory / OUTPUTS)
     if seen.keys() != expected.keys():
         raise ExportError(f"{directory}: expected the outputs {sorted(expected)}, got {sorted(seen)}")
     errors: dict[str, dict[str, float]] = {}

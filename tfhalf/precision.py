@@ -129,6 +129,13 @@ def calling(layers: Mapping[str, keras.Layer], wrapped: Callable[[str, keras.Lay
                 layer.__dict__["call"] = before[path]
 
 
+def own_weights(layer: keras.Layer) -> list[keras.Variable]:
+    """Returns a layer's weights without those of the layers inside it."""
+    # Private Keras: a layer's direct children, as in layers_by_path.
+    children = {id(weight) for child in layer._layers for weight in child.weights}
+    return [weight for weight in layer.weights if id(weight) not in children]
+
+
 @dataclasses.dataclass(frozen=True)
 class PrecisionPlan:
     """A default dtype policy and the layers that are exceptions to it.

@@ -4,8 +4,8 @@
 
     python replay.py SAVED_MODEL_FOLDER INPUTS.npz OUTPUTS.npz
 
-INPUTS holds an array "inputs/<name>" for each input of any signature; OUTPUTS gets an array "<signature>/<name>" for
-each output. Strings are byte strings of a fixed width, because pickles aren't loaded.
+INPUTS holds an array "inputs/<name>" for each input; OUTPUTS gets an array "<signature>/<name>" for each output.
+Strings are byte strings of a fixed width, because pickles aren't loaded.
 """
 
 import sys
@@ -22,7 +22,7 @@ def main(folder: str, inputs_path: str, outputs_path: str) -> None:
     outputs = {
         f"{signature}/{name}": tensor.numpy().astype("S") if tensor.dtype == tf.string else tensor.numpy()
         for signature, function in loaded.signatures.items()
-        for name, tensor in function(**{name: inputs[name] for name in function.structured_input_signature[1]}).items()
+        for name, tensor in function(**inputs).items()
     }
     np.savez(outputs_path, **outputs)
 

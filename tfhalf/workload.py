@@ -101,15 +101,12 @@ def coverage(model: keras.Model, inputs=None) -> Coverage:
     rows = []
     for path, layer in precision.layers_by_path(model).items():
         dtypes = work.get(id(layer), {})
-        # Private Keras: a layer's direct children, as in precision.layers_by_path.
-        children = {id(weight) for child in layer._layers for weight in child.weights}
-        own = [weight for weight in layer.weights if id(weight) not in children]
         rows.append(
             LayerCoverage(
                 path=path,
                 compute_dtype=layer.compute_dtype,
                 dtypes=dtypes,
-                parameters=sum(math.prod(weight.shape) for weight in own),
+                parameters=sum(math.prod(weight.shape) for weight in precision.own_weights(layer)),
                 why=_why_not_half(layer, dtypes),
             )
         )

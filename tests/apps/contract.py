@@ -35,7 +35,7 @@ SMALLER = {
     "apps.text.sentiment": ["--width=32", "--depth=1", "--vocabulary_size=1000"],
     "apps.text.translation": ["--width=32", "--depth=1", "--vocabulary_size=1000"],
 }
-# What tests of their own export in mixed_float16, with all decisions; here it takes soak.
+# What tests of their own export in mixed_float16, with what it decides; here it takes soak.
 _EXPORTED_ELSEWHERE = {
     "apps.image.classification",  # conftest.trained
     "apps.text.sentiment",
