@@ -138,7 +138,7 @@ def test_guard_agrees_with_numpy(value):
     with np.errstate(over="ignore"):
         half = value.astype(np.float16)
     keep = bool(np.isinf(half).any()) or np.sum((value != 0) & (half == 0)) > 0.01 * max(1, np.sum(value != 0))
-    assert bool(export._why_keep(value, "float16")) == keep
+    assert bool(export.why_keep(value, "float16")) == keep
 
 
 def test_a_decision_is_served_and_its_numbers_are_compared(tmp_path):

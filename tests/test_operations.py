@@ -13,7 +13,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow.python.client import pywrap_tf_session
 
 import tfhalf
-from tfhalf import operations
+from tfhalf import importing, operations
 
 # There is no public way to list what is registered.
 REGISTERED = op_def_pb2.OpList.FromString(pywrap_tf_session.TF_GetBuffer(pywrap_tf_session.TF_GetAllOpList())).op
@@ -362,6 +362,8 @@ def test_nothing_runs_before_it_is_refused(words, tmp_path):
     for check in (tfhalf.load_saved_model, tfhalf.verify, tfhalf.bundle.check):
         with pytest.raises(tfhalf.ExportError, match=r"operation WriteFile in function .* writes the server's files"):
             check(folder)
+    with pytest.raises(tfhalf.ExportError, match="operation WriteFile"):
+        importing.import_model(folder, tmp_path / "imported" / "1")
     assert not evil.exists()
     subprocess.run([sys.executable, "-c", LOADS, str(folder)], check=True, capture_output=True)
     assert evil.read_text() == "x"

@@ -26,6 +26,7 @@ from tensorflow.core.protobuf import fingerprint_pb2, meta_graph_pb2, saved_mode
 from tfhalf import operations, signing
 from tfhalf.manifest import EXTRA as EXTRA
 from tfhalf.manifest import GRAPH, ExportError, Manifest, check_files
+from tfhalf.manifest import MANIFEST as MANIFEST
 from tfhalf.manifest import hashes as hashes
 
 INPUTS = f"{EXTRA}/sample_inputs.npz"
@@ -149,7 +150,7 @@ def bytes_not_objects(array: np.ndarray) -> np.ndarray:
     return array.astype("S") if array.dtype.kind == "O" else array
 
 
-def _run(directory: Path, inputs: Path) -> dict[str, np.ndarray]:
+def run(directory: Path, inputs: Path) -> dict[str, np.ndarray]:
     """Runs every signature in a fresh process on the arrays of a file; returns arrays by "<signature>/<output>"."""
     with tempfile.TemporaryDirectory() as scratch:
         outputs = Path(scratch) / "outputs.npz"
@@ -163,10 +164,10 @@ def _run(directory: Path, inputs: Path) -> dict[str, np.ndarray]:
         )
         if result.returncode != 0:
             raise ExportError(f"{directory} can't be run in a fresh process: {first_line(result.stderr)}")
-        return _read_arrays(outputs)
+        return read_arrays(outputs)
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Reads arrays by name from an .npz file.
 
     Raises:
@@ -181,7 +182,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 def replay(directory: Path) -> dict[str, dict[str, float]]:
     """Runs every signature in a fresh process; returns signature -> output -> largest difference to the expected."""
-    seen, expected = _run(directory, directory / INPUTS), _read_arrays(directory / OUTPUTS)
+    seen, expected = run(directory, directory / INPUTS), read_arrays(directory / OUTPUTS)
     if seen.keys() != expected.keys():
         raise ExportError(f"{directory}: expected the outputs {sorted(expected)}, got {sorted(seen)}")
     errors: dict[str, dict[str, float]] = {}
@@ -189,11 +190,11 @@ def replay(directory: Path) -> dict[str, dict[str, float]]:
     for key, array in seen.items():
         signature, name = key.split("/", 1)
         is_decided = decides and not signature.endswith(RAW)
-        errors.setdefault(signature, {})[name] = _difference(array, expected[key], is_decided)
+        errors.setdefault(signature, {})[name] = difference(array, expected[key], is_decided)
     return errors
 
 
-def _difference(seen: np.ndarray, expected: np.ndarray, is_decided: bool) -> float:
+def difference(seen: np.ndarray, expected: np.ndarray, is_decided: bool = False) -> float:
     """Largest difference as a share of the largest expected value (at least 1).
 
     Infinite for a wrong shape or dtype, or a NaN; 1 where whole numbers or strings differ, and where rows that are

@@ -113,7 +113,7 @@ def export_saved_model(
         raise bundle.ExportError("input_signature is missing: say the dtypes and shapes of serve's inputs")
     samples = bundle.named_arrays(inputs, input_signature)
     if not callable(metadata):
-        metadata = _plain_json(metadata or {})
+        metadata = plain_json(metadata or {})
     if os.path.lexists(directory):
         raise bundle.ExportError(f"{directory} exists; choose another version")
     try:
@@ -130,6 +130,23 @@ def export_saved_model(
     return manifest
 
 
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """A signature to be written.
+
+    Attributes:
+        function: traced, over variables that the module holds; returns a dict.
+        expected: what the source model answers to the samples, by name.
+        compute_dtypes: what it computes in.
+        tolerance: as the manifest has it.
+    """
+
+    function: Any
+    expected: dict[str, np.ndarray]
+    compute_dtypes: list[str]
+    tolerance: float | None
+
+
 def _write(
     model, stage: Path, samples, served, input_signature, storage_dtype, tolerance, metadata, resources
 ) -> bundle.Manifest:
@@ -138,18 +155,50 @@ def _write(
     module = tf.Module()
     module.stored = [stored for _, stored in variables]
     module.resources = list(resources)
-    functions, expected, computes = {}, {}, {}
+    signatures = {}
     for name, scope in _signature_scopes(model).items():
         with scope, precision.without_kernels(model):  # what a laptop exports runs natively on a GPU
-            for signature, function in served(name).items():
-                computes[signature] = sorted(precision.compute_dtypes(model))
-                functions[signature] = _trace(function, input_signature, variables)
+            functions = served(name)
+            for signature, function in functions.items():
+                computes = sorted(precision.compute_dtypes(model))
+                traced = _trace(function, input_signature, variables)
                 # The same trace over the model's own float32 variables is what the artefact is compared with.
                 own = _trace(function, input_signature, [])
                 outputs = own(**{key: tf.constant(value) for key, value in samples.items()})
-                expected |= {
-                    f"{signature}/{key}": bundle.bytes_not_objects(tensor.numpy()) for key, tensor in outputs.items()
-                }
+                expected = {key: bundle.bytes_not_objects(tensor.numpy()) for key, tensor in outputs.items()}
+                allowed = tolerance_of(computes, storage_dtype) if tolerance is None else tolerance
+                is_decided = name + bundle.RAW in functions and not signature.endswith(bundle.RAW)
+                signatures[signature] = Signature(traced, expected, computes, None if is_decided else allowed)
+    return write(stage, module, signatures, samples, storage_dtype, kept, metadata)
+
+
+def write(
+    stage: Path,
+    module: tf.Module,
+    signatures: Mapping[str, Signature],
+    samples: bundle.Arrays,
+    storage_dtype: str,
+    kept: dict[str, str],
+    metadata: dict | Callable[[Path], dict],
+) -> bundle.Manifest:
+    """Writes a bundle into a staging folder, and verifies it in a fresh process.
+
+    Args:
+        stage: an empty folder.
+        module: holds the variables and tables of all signatures.
+        signatures: by name.
+        samples: sample inputs by name, of all signatures.
+        storage_dtype: as the manifest has it.
+        kept: as the manifest has it.
+        metadata: JSON values for the manifest, or a function that gets the finished folder and returns them.
+
+    Returns:
+        The bundle's `Manifest`.
+
+    Raises:
+        ExportError: an operation can't be served; a signature differs from what is expected by more than its tolerance.
+    """
+    functions = {name: one.function for name, one in signatures.items()}
     try:
         tf.saved_model.save(module, str(stage), signatures=functions)
     except AssertionError as error:  # TensorFlow's way to say that a table or a variable isn't the module's
@@ -159,20 +208,18 @@ def _write(
     graph = bundle.check_operations(stage)
     (stage / bundle.EXTRA).mkdir()
     (stage / "assets").mkdir(exist_ok=True)
+    expected = {f"{name}/{key}": array for name, one in signatures.items() for key, array in one.expected.items()}
     np.savez(stage / bundle.INPUTS, **{f"inputs/{name}": array for name, array in samples.items()})
     np.savez(stage / bundle.OUTPUTS, **expected)
-    _write_warmup(stage, samples)
+    if "serving_default" in functions:
+        _write_warmup(stage, functions["serving_default"].structured_input_signature[1], samples)
     errors = bundle.replay(stage)
-    signatures = {name: bundle.signatures_of(graph)[name] for name in functions}
-    decides = any(name.endswith(bundle.RAW) for name in functions)
-    for name in functions:
-        allowed = _tolerance(computes[name], storage_dtype) if tolerance is None else tolerance
-        if decides and not name.endswith(bundle.RAW):
-            allowed = None
-        bundle.check_errors(name, errors.get(name, {}), signatures[name]["outputs"].keys(), allowed)
-        signatures[name] |= {
-            "compute_dtypes": computes[name],
-            "tolerance": allowed,
+    about = {name: bundle.signatures_of(graph)[name] for name in signatures}
+    for name, one in signatures.items():
+        bundle.check_errors(name, errors.get(name, {}), about[name]["outputs"].keys(), one.tolerance)
+        about[name] |= {
+            "compute_dtypes": one.compute_dtypes,
+            "tolerance": one.tolerance,
             "max_error": errors[name],
         }
     manifest = bundle.Manifest(
@@ -181,20 +228,25 @@ def _write(
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
         storage_dtype=storage_dtype,
         kept=kept,
-        signatures=signatures,
+        signatures=about,
         sizes=_sizes(stage),
         fingerprint=str(tf.saved_model.experimental.read_fingerprint(str(stage)).signature_def_hash),
         files=bundle.hashes(stage),
         metadata={},
     )
     manifest.write(stage)
-    about = metadata(stage) if callable(metadata) else metadata
-    manifest = dataclasses.replace(manifest, metadata=_plain_json(about))
+    told = metadata(stage) if callable(metadata) else metadata
+    manifest = dataclasses.replace(manifest, metadata=plain_json(told))
     manifest.write(stage)
     return manifest
 
 
-def _plain_json(metadata: dict) -> dict:
+def plain_json(metadata: dict) -> dict:
+    """Returns metadata as it comes back from a manifest.
+
+    Raises:
+        ExportError: it can't be written there.
+    """
     try:
         return json.loads(json.dumps(metadata))
     except (TypeError, ValueError) as error:
@@ -209,7 +261,10 @@ def _serve_model(model: keras.Model):
     signature = {t.name: tf.TensorSpec([None, *t.shape[1:]], t.dtype, name=t.name) for t in model.inputs}
 
     def serve(**inputs):
-        outputs = model([inputs[name] for name in names] if len(names) > 1 else inputs[names[0]], training=False)
+        given = [inputs[name] for name in names] if len(names) > 1 else inputs[names[0]]
+        if isinstance(getattr(model, "input", None), dict):  # a Sequential has no such attribute before it is called
+            given = keras.tree.pack_sequence_as(model.input, [inputs[name] for name in names])
+        outputs = model(given, training=False)
         return dict(zip(precision.output_names(model, outputs), tf.nest.flatten(outputs), strict=True))
 
     return serve, signature
@@ -224,7 +279,7 @@ def _half_variables(model: keras.Model, storage_dtype: str):
         if dtype == "float32":
             if not np.all(np.isfinite(value)):
                 raise bundle.ExportError(f"weight {variable.path} holds non-finite values; the model can't be served")
-            reason = _why_keep(value, storage_dtype)
+            reason = why_keep(value, storage_dtype)
             if reason:
                 kept[variable.path if variable.path not in kept else f"{variable.path} (weight {index})"] = reason
             else:
@@ -233,7 +288,8 @@ def _half_variables(model: keras.Model, storage_dtype: str):
     return pairs, kept
 
 
-def _why_keep(value: np.ndarray, storage_dtype: str) -> str:
+def why_keep(value: np.ndarray, storage_dtype: str) -> str:
+    """Says why an array of float32 can't be stored in half; "" where it can."""
     if not value.size:
         return ""
     stored = tf.cast(tf.cast(value, storage_dtype), tf.float32).numpy()
@@ -289,21 +345,25 @@ def _trace(serve, input_signature, variables):
     return tf.function(function, autograph=False).get_concrete_function(**specs)
 
 
-def _tolerance(compute_dtypes: list[str], storage_dtype: str) -> float:
+def tolerance_of(compute_dtypes: list[str], storage_dtype: str) -> float:
+    """Returns the largest difference that a signature may have by default, from what it computes and stores in."""
     if storage_dtype == "float32" and set(compute_dtypes) == {"float32"}:
         return EXACT_TOLERANCE
     return max(TOLERANCES[dtype] for dtype in [*compute_dtypes, storage_dtype] if dtype in TOLERANCES)
 
 
-def _write_warmup(stage: Path, samples: bundle.Arrays) -> None:
+def _write_warmup(stage: Path, specs: Mapping[str, tf.TensorSpec], samples: bundle.Arrays) -> None:
     """Writes single-example requests that TF Serving replays before it takes traffic."""
-    count = min(_WARMUP_RECORDS, min(len(array) for array in samples.values()))
+    arrays = {name: samples[name] for name in specs}
+    is_batch = all(spec.shape.rank and spec.shape[0] is None for spec in specs.values())
+    count = min(_WARMUP_RECORDS, *map(len, arrays.values())) if is_batch and arrays else 1
     with tf.io.TFRecordWriter(str(stage / bundle.EXTRA / "tf_serving_warmup_requests")) as writer:
         for index in range(count):
             request = predict_pb2.PredictRequest()
             request.model_spec.signature_name = "serving_default"
-            for name, array in samples.items():
-                request.inputs[name].CopyFrom(tf.make_tensor_proto(array[index : index + 1]))
+            for name, array in arrays.items():
+                example = array[index : index + 1] if is_batch else array
+                request.inputs[name].CopyFrom(tf.make_tensor_proto(example))
             log = prediction_log_pb2.PredictLog(request=request)
             writer.write(prediction_log_pb2.PredictionLog(predict_log=log).SerializeToString())
 
