@@ -105,6 +105,20 @@ def trained(tmp_path_factory, data_dir):
     return arguments, folder, result.stdout
 
 
+@pytest.fixture(scope="session")
+def app_bundles(tmp_path_factory, data_dir) -> Path:
+    """A base folder with a bundle of every app, each after a few steps of its real command line. It takes minutes."""
+    from tests.apps import contract
+
+    folder = tmp_path_factory.mktemp("apps")
+    for module in contract.MODULES:
+        arguments = [f"--data_dir={data_dir}", "--epochs=1", "--steps_per_epoch=4", "--batch_size=16"]
+        arguments += [*contract.SMALLER.get(module, []), f"--workdir={folder}/runs/{module}"]
+        result = run_module(module, *arguments, f"--saved_model_dir={folder}/saved_models", timeout=1800)
+        assert result.returncode == 0, result.stderr
+    return folder / "saved_models"
+
+
 @pytest.fixture
 def build_convnet():
     """A function that builds a small network with the layers that matter to half precision."""

@@ -234,7 +234,7 @@ def test_accumulation_in_every_policy_equals_the_larger_batch(policy):
     assert (parts.optimizer.steps_taken, parts.optimizer.scale) == (4, scale.get("initial_scale", 1.0))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_stock_keras_cannot_fit_on_two_workers():
     # KERAS.md row 3; when it fails, Keras was mended.
     assert all(result["failed"] for result in replicas("stock_fit", "multi_worker"))

@@ -11,10 +11,11 @@ SOURCES = sorted([*ROOT.glob("tfhalf/**/*.py"), *ROOT.glob("apps/**/*.py"), *ROO
 
 # What each module may import of ours; a package's name stands for all inside it.
 LAYERS = [
-    {"tfhalf.manifest"},
+    {"tfhalf.manifest", "tfhalf.converters", "tfhalf.runtimes", "tfhalf.lowering", "tfhalf.folding"},
     {"tfhalf.operations", "tfhalf.signing", "tfhalf.publishing"},
     {"tfhalf.precision", "tfhalf.replay", "tfhalf.bundle", "tfhalf.distribution"},
-    {"tfhalf.kernels", "tfhalf.optimizer", "tfhalf.checkpoint"},
+    {"tfhalf.kernels", "tfhalf.optimizer", "tfhalf.checkpoint", "tfhalf.freezing", "tfhalf.latency"}
+    | {"tfhalf.versions", "tfhalf.batching", "tfhalf.rest", "tfhalf.cast_once"},
     {
         "tfhalf.recurrent",
         "tfhalf.reporting",
@@ -23,10 +24,13 @@ LAYERS = [
         "tfhalf.taps",
         "tfhalf.exponents",
         "tfhalf.workload",
+        "tfhalf.rpc",
+        "tfhalf.engine",
+        "tfhalf.front",
     },
     {"tfhalf.acceleration", "tfhalf.training", "tfhalf.export", "tfhalf.datasets"}
-    | {"tfhalf.hazards", "tfhalf.board", "tfhalf.twins", "tfhalf.bundle_watch"},
-    {"tfhalf.recorder", "tfhalf.scale_window", "tfhalf.comparison"},
+    | {"tfhalf.hazards", "tfhalf.board", "tfhalf.twins", "tfhalf.bundle_watch", "tfhalf.serving"},
+    {"tfhalf.recorder", "tfhalf.scale_window", "tfhalf.comparison", "tfhalf.importing", "tfhalf.convert"},
     {"tfhalf.numerics"},
     {"tfhalf"},
     {"apps.runner", "apps.figures", "apps.drawing", "apps.scores", "apps.audio.waveforms"},
@@ -123,7 +127,10 @@ def test_files_have_a_test_that_mirrors_them():
         "apps/audio/__init__.py",
         "apps/image/__init__.py",
         "apps/text/__init__.py",
+        # Programs: the tests of what starts them run them.
         "tfhalf/replay.py",
+        "tfhalf/converters.py",
+        "tfhalf/runtimes.py",
     }
     for path in SOURCES:
         relative = path.relative_to(ROOT)

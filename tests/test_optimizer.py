@@ -584,7 +584,9 @@ def replicas(case: str, distribute: str, *more: str) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("distribute", "processes"), [("mirrored", 1), ("multi_worker", 2)])
+@pytest.mark.parametrize(
+    ("distribute", "processes"), [("mirrored", 1), pytest.param("multi_worker", 2, marks=pytest.mark.soak)]
+)
 def test_two_replicas_equal_one_device_whichever_overflows(distribute, processes):
     results = replicas("steps", distribute)
     check_steps(results, processes, num_configurations=5)
@@ -611,14 +613,6 @@ def test_stock_keras_is_wrong_on_two_replicas():
     assert result["clipped_difference"] > 0.01  # row 8: where ours differs by less than 1e-6
     assert "called while defining a new graph" in result["accumulation"]  # row 9
     assert "called while defining a new graph" in result["overwriting"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("distribute", "processes"), [("mirrored", 1), pytest.param("multi_worker", 2, marks=pytest.mark.soak)]
-)
-def test_scale_that_probes_for_the_overflow_again_and_again_keeps_replicas_equal(distribute, processes):
-    check_probing(replicas("probing", distribute), processes, num_steps=128)
 
 
 def check_probing(results: list[dict], processes: int, num_steps: int) -> None:

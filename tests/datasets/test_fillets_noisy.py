@@ -193,6 +193,7 @@ def test_damaged_and_missing_noises_are_told(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.soak  # what the apps' tests fetch is this set
 def test_real_packages(tmp_path):
     if shutil.which("apt-get") is None:
         pytest.skip("this machine has no apt-get")
