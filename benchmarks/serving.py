@@ -25,7 +25,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import tensorflow as tf
-from absl import app, flags
+from absl import app, flags, logging
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 from benchmarks import measuring
@@ -137,6 +137,7 @@ def server(folder: Path, inputs: bundle.Arrays) -> Iterator[Client]:
 
 def main(_: list[str]) -> None:
     """Runs the program."""
+    logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS
     folder, clients = Path(values.saved_model), values.clients
     load = measuring.load()
@@ -154,7 +155,7 @@ def main(_: list[str]) -> None:
         }
         for format, title in (("onnx", "ONNX Runtime, float32"), ("openvino", "OpenVINO, float32")):
             try:
-                convert.convert(folder, format, scratch / format)
+                convert.convert(folder, format, scratch)
                 sources[title] = convert.FORMATS[format].kind, scratch / format / convert.FORMATS[format].file
             except bundle.ExportError as error:
                 print(f"{title}: left out: {error}", flush=True)

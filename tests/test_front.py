@@ -288,6 +288,23 @@ def test_unhealthy_without_workers():
     asyncio.run(run())
 
 
+def test_answers_are_sent_at_once(monkeypatch):
+    accept, without_delay = socket.socket.accept, []
+
+    def accept_and_look(listener):
+        connection, address = accept(listener)
+        without_delay.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        return connection, address
+
+    async def body(asked, rest_port, *_):
+        await http_call(rest_port, "GET", "/health")
+        assert any(without_delay)
+        assert all(without_delay)
+
+    monkeypatch.setattr(socket.socket, "accept", accept_and_look)
+    with_servers(body)
+
+
 def test_taken_ports_are_an_error():
     async def run(**ports):
         servers = front.Front(Asked(), front.Limits(), None, print)
