@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import tfhalf
 from tests.test_signing import write_keys
-from tfhalf import engine, rest, signing
+from tfhalf import engine, importing, rest, signing
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +116,19 @@ def test_only_rows_that_may_stand_alone_are_joined(function, spec, is_joinable, 
     tf.saved_model.save(module, str(tmp_path / "1"), signatures=tf.function(function, [spec], autograph=False))
     loaded = tf.saved_model.load(str(tmp_path / "1"))
     assert engine.Function(loaded.signatures["serving_default"], "f").is_joinable == is_joinable
+
+
+def test_samples_of_other_signatures_are_left_alone(tmp_path):
+    double = tf.function(lambda x: {"y": x * 2}, [tf.TensorSpec([None], name="x")], autograph=False)
+    length = tf.function(lambda t: {"n": tf.strings.length(t)}, [tf.TensorSpec([None], tf.string, name="t")],
+                         autograph=False)  # fmt: skip
+    tf.saved_model.save(tf.Module(), str(tmp_path / "theirs"), signatures={"serving_default": double, "length": length})
+    samples = {"x": np.array([1.0, 2.0], "float32"), "t": np.array([b"a", b"bc"])}
+    importing.import_model(tmp_path / "theirs", tmp_path / "1", inputs=samples)
+    loaded = engine.Loaded(tmp_path / "1")
+    assert loaded.example() == {"x": (1.0, [])}
+    assert loaded.function()(samples)["y"].tolist() == [2, 4]
+    assert loaded.function("length")({"t": samples["t"].astype(object)})["n"].tolist() == [1, 2]
 
 
 def test_rows_that_depend_on_each_other_are_not_joined(tmp_path):

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.core.protobuf import saved_model_pb2
 
 import tfhalf
 from tfhalf import importing
@@ -152,3 +153,18 @@ def test_models_that_no_one_here_wrote(package, tmp_path):
     errors = {name: one["max_error"] for name, one in manifest.signatures.items()}
     print(package, manifest.sizes, errors)
     tfhalf.verify(tmp_path / "model" / "1")
+
+
+def test_optimizer_is_left_behind(tmp_path):
+    module = tf.Module()
+    module.optimizer = tf.Module()
+    double = tf.function(lambda x: {"y": x * 2}, [tf.TensorSpec([None], name="x")], autograph=False)
+    tf.saved_model.save(module, str(tmp_path / "theirs"), signatures=double)
+    path = tmp_path / "theirs" / "saved_model.pb"
+    proto = saved_model_pb2.SavedModel.FromString(path.read_bytes())
+    nodes = proto.meta_graphs[0].object_graph_def.nodes
+    (place,) = (child.node_id for child in nodes[0].children if child.local_name == "optimizer")
+    nodes[place].user_object.identifier = "optimizer"  # TensorFlow doesn't load it without Keras
+    path.write_bytes(proto.SerializeToString())
+    manifest = importing.import_model(tmp_path / "theirs", tmp_path / "1")
+    assert manifest.signatures["serving_default"]["max_error"] == {"y": 0.0}

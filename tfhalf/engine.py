@@ -72,13 +72,13 @@ class Function:
         self.is_joinable = _may_be_joined(self.specs, self.outputs)
 
     def __call__(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Runs it.
+        """Runs it on its inputs; others, as the samples of other signatures, are left alone.
 
         Raises:
             RequestError: TensorFlow refused the values, or had no room for them.
         """
         try:
-            outputs = self._concrete(**{name: tf.constant(array) for name, array in arrays.items()})
+            outputs = self._concrete(**{name: tf.constant(arrays[name]) for name in self.specs})
             return {name: np.asarray(tensor.numpy()) for name, tensor in outputs.items()}
         except (tf.errors.ResourceExhaustedError, MemoryError) as error:
             raise rest.RequestError("RESOURCE_EXHAUSTED", "there is no memory for this request") from error
@@ -160,7 +160,7 @@ class Loaded:
 
     def example(self) -> dict[str, tuple[Any, list[int]]]:
         """Returns a row to try the model with: input -> its value and [], or a zero and the shape to fill with it."""
-        row = {name: array[0] for name, array in self._samples.items()}
+        row = {name: self._samples[name][0] for name in self.function().specs}
         found: dict[str, tuple[Any, list[int]]] = {}
         for name, value in row.items():
             array = np.asarray(value)

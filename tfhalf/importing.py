@@ -202,6 +202,8 @@ def _without_training_state(source: Path, proto: saved_model_pb2.SavedModel, scr
     for graph in changed.meta_graphs:
         for node in graph.object_graph_def.nodes:
             del node.slot_variables[:]
+            if node.user_object.identifier == "optimizer":  # as one, it needs Keras to be loaded
+                node.user_object.identifier = "_generic_user_object"
     shutil.copytree(source, scratch, symlinks=False)
     (scratch / bundle.GRAPH).write_bytes(changed.SerializeToString())
     return scratch
@@ -288,7 +290,7 @@ def _in_half(function, store: _Store) -> tuple[Any, list[str]]:
 
     def serve(**inputs):
         feeds = {key: inputs[name] for key, name in names.items()}
-        feeds |= {name: tf.cast(variable.read_value(), dtype) for name, (variable, dtype) in stored.items()}
+        feeds |= {name: tf.cast(variable.value(), dtype) for name, (variable, dtype) in stored.items()}
         feeds |= {name: tf.identity(table.resource_handle) for name, table in tables.items()}
         others = captured.keys() - feeds.keys()
         feeds |= {name: tf.identity(captured[name]) for name in others & present}
