@@ -30,7 +30,7 @@ from typing import Any
 from absl import flags
 
 from apps import runner
-from tfhalf import bundle, convert, importing, latency
+from tfhalf import bundle, checkpoint, convert, importing, latency
 
 _REPORT = "runtimes.json"
 _TITLES = {
@@ -200,12 +200,8 @@ def _write_report(path: Path, folder: Path, rows: list[latency.Row], refused: di
         "refused": refused,
         "serve_with": best,
     }
-    beside = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    checkpoint.replace(path, lambda file: file.write(text.encode()))
 
 
 def _as_json(row: latency.Row) -> dict[str, Any]:

@@ -121,6 +121,8 @@ def run(values: flags.FlagValues) -> None:
                     signal.signal(number, signal.SIG_IGN)
     except serving.ServingError as error:
         raise runner.AppError(str(error)) from error
+    except KeyboardInterrupt:  # while models were being loaded; later `_serve` takes it
+        runner.say("stopped before it served")
 
 
 async def _serve(values: flags.FlagValues, workers: serving.Workers, servers: front.Front) -> None:

@@ -209,6 +209,14 @@ def test_operation_without_a_converter_is_named(tmp_path, format):
     assert os.listdir(tmp_path / "out") == []
 
 
+def test_input_and_output_of_one_name_are_told(tmp_path):
+    bundle = export(tmp_path, lambda x: {"x": x * 2}, x=np.ones([2, 3], "float32"))
+    for format in ("onnx", "onnx_float16", "openvino"):
+        with pytest.raises(tfhalf.ExportError, match="can't have an input and an output of one name, x"):
+            convert.convert(bundle, format, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.soak
 def test_strings_leave_nothing(tmp_path):
     bundle = export(tmp_path, lambda x: {"y": tf.strings.length(x)}, x=np.array(["a", "bc"]).astype("S"))

@@ -1,6 +1,6 @@
 """KerasHub's architectures and the bundles of all apps in every format: what they answer there, or why they can't.
 
-It takes an hour: `python -m pytest -m soak -n0 -s tests/test_runtimes_campaign.py`. A row is printed for each.
+It takes long: `python -m pytest -m soak -n0 -s tests/test_runtimes_campaign.py`. A row is printed for each.
 """
 
 from pathlib import Path

@@ -27,6 +27,7 @@ from tfhalf import operations, signing
 from tfhalf.manifest import EXTRA as EXTRA
 from tfhalf.manifest import GRAPH, ExportError, Manifest, check_files
 from tfhalf.manifest import MANIFEST as MANIFEST
+from tfhalf.manifest import first_line as first_line
 from tfhalf.manifest import hashes as hashes
 
 INPUTS = f"{EXTRA}/sample_inputs.npz"
@@ -289,9 +290,3 @@ def _check_interface(directory: Path, manifest: Manifest, graph: meta_graph_pb2.
     for name in operations.assets(graph).values():
         if f"assets/{name}" not in manifest.files:
             raise ExportError(f"{directory}: its graph names the asset {name!r}, which isn't in its manifest")
-
-
-def first_line(error) -> str:
-    """The line of an error or of a process' output that says what happened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[-1] if isinstance(error, str) else lines[0]

@@ -20,7 +20,9 @@ from pathlib import Path
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2, trackable_object_graph_pb2
 
-_HALVES = {tf.float16.as_datatype_enum, tf.bfloat16.as_datatype_enum}
+from tfhalf import precision
+
+_HALVES = {tf.as_dtype(name).as_datatype_enum for name in precision.HALF_DTYPES}
 _FLOAT32 = tf.float32.as_datatype_enum
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
 _CHECKPOINT = "variables/variables"

@@ -29,12 +29,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfhalf import bundle, freezing, latency, publishing
+from tfhalf import bundle, export, freezing, latency, publishing
 
 MANIFEST = "manifest.json"
 # What a conversion may add to the bundle's own difference to the training model. In float32 only the order of sums and
 # approximations of functions differ; the others are those of `tfhalf.export`.
-ADDED = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 8e-2}
+ADDED = export.TOLERANCES | {"float32": 1e-3}
 # The first that a bundle has is converted.
 _SIGNATURES = ("serving_float32_raw", "serving_float32", "serving_default_raw", "serving_default")
 
@@ -51,6 +51,7 @@ class Format:
         packages: what writes and runs it.
         settings: what a program that runs it has to set, to get the same numbers.
         fixes_batch: whether a batch of 1 is tried where any batch doesn't do.
+        shares_names: whether an input and an output may have one name.
     """
 
     file: str
@@ -60,11 +61,14 @@ class Format:
     packages: tuple[str, ...]
     settings: dict[str, str] = dataclasses.field(default_factory=dict)
     fixes_batch: bool = False
+    shares_names: bool = False
 
 
 _ONNX = ("tf2onnx", "onnx", "onnxruntime")
 FORMATS = {
-    "litert": Format("model.tflite", "litert", "float16", "float32", ("ai-edge-litert",), fixes_batch=True),
+    "litert": Format(
+        "model.tflite", "litert", "float16", "float32", ("ai-edge-litert",), fixes_batch=True, shares_names=True
+    ),
     "onnx": Format("model.onnx", "onnx", "float32", "float32", _ONNX),
     "onnx_float16": Format("model.onnx", "onnx", "float16", "float16", _ONNX),
     "openvino": Format(
@@ -136,37 +140,36 @@ def convert(
     versions = _versions(format)
     manifest = bundle.check(directory)
     signature = signature_of(manifest, directory)
+    about = manifest.signatures[signature]
+    if not FORMATS[format].shares_names and (both := sorted(about["inputs"].keys() & about["outputs"].keys())):
+        raise bundle.ExportError(f"{format} can't have an input and an output of one name, {both[0]}: give one another")
     if tolerance is None:
-        own = max(manifest.signatures[signature]["max_error"].values(), default=0.0)
+        own = max(about["max_error"].values(), default=0.0)
         tolerance = own + ADDED[FORMATS[format].computes]
     if os.path.lexists(folder):
         raise bundle.ExportError(f"{folder} exists; choose another output, or remove it")
-    try:
-        with publishing.staging(folder) as stage:
-            batch, max_error, frozen = _write(directory, signature, format, stage, tolerance)
-            converted = Converted(
-                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                versions=versions,
-                source=_source(directory, manifest) | {"signature": signature},
-                format=format,
-                precision=_precision(format),
-                inputs={name: _about(spec) for name, spec in frozen.inputs.items()},
-                outputs=manifest.signatures[signature]["outputs"],
-                batch=batch,
-                tolerance=tolerance,
-                max_error=max_error,
-                sizes={
-                    "files": sum(path.stat().st_size for path in stage.iterdir()),
-                    "bundle_variables": manifest.sizes["variables"],
-                },
-                files=bundle.hashes(stage),
-                metadata=manifest.metadata,
-            )
-            text = json.dumps(dataclasses.asdict(converted), indent=2)
-            (stage / MANIFEST).write_text(text + "\n", encoding="utf-8")
-            publishing.publish(stage, folder)
-    except (OSError, tf.errors.OpError) as error:
-        raise bundle.ExportError(f"can't write {folder}: {bundle.first_line(error)}; nothing was published") from error
+    with publishing.whole(folder) as stage:
+        batch, max_error, frozen = _write(directory, signature, format, stage, tolerance)
+        converted = Converted(
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            versions=versions,
+            source=_source(directory, manifest) | {"signature": signature},
+            format=format,
+            precision=_precision(format),
+            inputs={name: _about(spec) for name, spec in frozen.inputs.items()},
+            outputs=about["outputs"],
+            batch=batch,
+            tolerance=tolerance,
+            max_error=max_error,
+            sizes={
+                "files": sum(path.stat().st_size for path in stage.iterdir()),
+                "bundle_variables": manifest.sizes["variables"],
+            },
+            files=bundle.hashes(stage),
+            metadata=manifest.metadata,
+        )
+        text = json.dumps(dataclasses.asdict(converted), indent=2)
+        (stage / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return converted
 
 

@@ -93,8 +93,6 @@ def _to_onnx(saved_model: str):
         function, lower_control_flow=False, aggressive_inlining=True
     )
     names = {tensor.name: tensor.name.partition(":")[0] for tensor in flat.inputs}
-    if both := sorted(set(names.values()) & function.structured_outputs.keys()):
-        raise ConversionError(f"ONNX can't have an input and an output of one name, {both[0]}")
     names |= {t.name: name for name, t in zip(sorted(function.structured_outputs), flat.outputs, strict=True)}
     errors = _Errors()
     logging.getLogger("tf2onnx").addHandler(errors)

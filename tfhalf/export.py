@@ -116,18 +116,9 @@ def export_saved_model(
         metadata = plain_json(metadata or {})
     if os.path.lexists(directory):
         raise bundle.ExportError(f"{directory} exists; choose another version")
-    try:
-        with publishing.staging(directory) as stage:
-            served = functools.partial(_served, serve=serve, decide=decide)
-            manifest = _write(
-                model, stage, samples, served, input_signature, storage_dtype, tolerance, metadata, resources
-            )
-            publishing.publish(stage, directory)
-    except (OSError, tf.errors.OpError) as error:
-        raise bundle.ExportError(
-            f"can't write {directory}: {bundle.first_line(error)}; nothing was published"
-        ) from error
-    return manifest
+    with publishing.whole(directory) as stage:
+        served = functools.partial(_served, serve=serve, decide=decide)
+        return _write(model, stage, samples, served, input_signature, storage_dtype, tolerance, metadata, resources)
 
 
 @dataclasses.dataclass(frozen=True)

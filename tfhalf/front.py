@@ -169,11 +169,10 @@ class Front:
         """Looks at a worker again and again: is one there, and what happened to the models."""
         while True:
             try:
-                about = await self._ask("describe", seconds=_UNHEALTHY_SECONDS)
-                self._seen = time.monotonic()
-                self.tell_news(about["events"])
-            except TimeoutError:
-                pass  # /health says so
+                with contextlib.suppress(TimeoutError):  # /health says so
+                    about = await self._ask("describe", seconds=_UNHEALTHY_SECONDS)
+                    self._seen = time.monotonic()
+                    self.tell_news(about["events"])
             except Exception:  # as long as this process lives it must go on looking
                 _log.exception("a worker can't be looked at")
             await asyncio.sleep(_LOOK_SECONDS)

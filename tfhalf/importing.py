@@ -25,13 +25,12 @@ from tensorflow.core.framework import graph_pb2
 from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 from tensorflow.python.framework import convert_to_constants
 
-from tfhalf import bundle, export, operations, publishing
+from tfhalf import bundle, export, operations, precision, publishing
 
 _KERAS = (".keras", ".h5", ".hdf5")
 # Random samples: how many rows, and how long every other open axis is.
 _ROWS, _LENGTH = 4, 16
 _WORDS = ("a", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "import", "print(1)")
-_FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 Specs = dict[str, dict[str, tf.TensorSpec]]
 
@@ -120,15 +119,8 @@ def _import_saved_model(
         module = tf.Module()
         module.stored = store.variables
         module.resources = store.tables
-        try:
-            with publishing.staging(directory) as stage:
-                manifest = export.write(stage, module, signatures, samples, storage_dtype, store.kept, metadata)
-                publishing.publish(stage, directory)
-        except (OSError, tf.errors.OpError) as error:
-            raise bundle.ExportError(
-                f"can't write {directory}: {bundle.first_line(error)}; nothing was published"
-            ) from error
-    return manifest
+        with publishing.whole(directory) as stage:
+            return export.write(stage, module, signatures, samples, storage_dtype, store.kept, metadata)
 
 
 def _signature(source: Path, name: str, function, store: "_Store", expected, tolerance) -> export.Signature:
@@ -302,7 +294,7 @@ def _in_half(function, store: _Store) -> tuple[Any, list[str]]:
     kinds = {tensor.dtype.name for one in frozen.graph.get_operations() for tensor in one.outputs}
     named = {name: tf.TensorSpec(spec.shape, spec.dtype, name=name) for name, spec in specs.items()}
     traced = tf.function(serve, autograph=False).get_concrete_function(**named)
-    return traced, sorted(kinds & set(_FLOATS))
+    return traced, sorted(kinds & {*precision.FORMATS, "float64"})
 
 
 def _tables(graph: graph_pb2.GraphDef, store: _Store) -> dict[str, tf.lookup.StaticHashTable]:

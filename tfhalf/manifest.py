@@ -189,3 +189,9 @@ def _leads_outside(name: str) -> bool:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def first_line(error) -> str:
+    """The line of an error or of a process' output that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1] if isinstance(error, str) else lines[0]

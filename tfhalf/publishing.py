@@ -11,7 +11,30 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from tfhalf.manifest import ExportError
+import tensorflow as tf
+
+from tfhalf.manifest import ExportError, first_line
+
+
+@contextlib.contextmanager
+def whole(directory: Path) -> Iterator[Path]:
+    """Gives a staging folder, and publishes it when the block ends well.
+
+    Args:
+        directory: the target.
+
+    Yields:
+        The staging folder.
+
+    Raises:
+        ExportError: the target exists, or can't be written; nothing was published.
+    """
+    try:
+        with staging(directory) as stage:
+            yield stage
+            publish(stage, directory)
+    except (OSError, tf.errors.OpError) as error:
+        raise ExportError(f"can't write {directory}: {first_line(error)}; nothing was published") from error
 
 
 @contextlib.contextmanager

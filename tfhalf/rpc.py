@@ -20,12 +20,19 @@ from tensorflow_serving.apis import (
     predict_pb2,
 )
 
-from tfhalf import rest, versions
+from tfhalf import precision, rest, versions
 
 _SIGNATURES = "signature_def"
 _FIELDS = (
-    {"float32": "float_val", "float64": "double_val", "float16": "half_val", "bfloat16": "half_val"}
-    | {"bool": "bool_val", "int64": "int64_val", "uint32": "uint32_val", "uint64": "uint64_val"}
+    dict.fromkeys(precision.HALF_DTYPES, "half_val")
+    | {
+        "float32": "float_val",
+        "float64": "double_val",
+        "bool": "bool_val",
+        "int64": "int64_val",
+        "uint32": "uint32_val",
+        "uint64": "uint64_val",
+    }
     | dict.fromkeys(["int8", "int16", "int32", "uint8", "uint16"], "int_val")
 )
 _INVALID_ARGUMENT = 3  # of google.rpc.Code: why a version was refused
@@ -115,7 +122,7 @@ def _tensor(array: np.ndarray):
     proto = tf.make_tensor_proto(array, shape=array.shape)
     if proto.tensor_content and array.dtype.name in _FIELDS:
         proto.ClearField("tensor_content")
-        bits = array.view("uint16") if array.dtype.name in ("float16", "bfloat16") else array
+        bits = array.view("uint16") if array.dtype.name in precision.HALF_DTYPES else array
         getattr(proto, _FIELDS[array.dtype.name]).extend(bits.ravel().tolist())
     return proto
 
