@@ -10,7 +10,6 @@ import importlib
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 
 import numpy as np
 from scipy import stats
@@ -18,8 +17,6 @@ from scipy import stats
 # A load above it before the start: others compute too.
 BUSY_LOAD = 0.5
 _PACKAGES = ("tensorflow", "keras", "numpy", "torch")
-# The CPU's instructions that decide how fast half precision is.
-_INSTRUCTIONS = ("avx2", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16", "asimdhp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +74,10 @@ def warn_if_busy(before: float) -> None:
 
 def machine() -> dict[str, object]:
     """The CPU, its cores that this process may use, and its instructions that matter to half precision."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    found = facts.get("flags", facts.get("Features", "")).split()
-    return {
-        "cpu": facts.get("model name", platform.machine()),
-        "cores": len(os.sched_getaffinity(0)),
-        "instructions": [name for name in _INSTRUCTIONS if name in found],
-    }
+    from tfhalf import processor  # here: importing tfhalf brings TensorFlow, which PyTorch's process doesn't need
+
+    cpu = processor.this()
+    return {"cpu": cpu.name, "cores": cpu.cores, "instructions": list(cpu.instructions)}
 
 
 def versions() -> dict[str, str]:

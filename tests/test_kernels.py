@@ -11,7 +11,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tfhalf import accelerate, kernels, precision
+from tfhalf import accelerate, kernels, precision, processor
 
 ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 HALVES = pytest.mark.parametrize("half", sorted(ROUNDOFF))
@@ -334,23 +334,8 @@ def test_half_dtypes_are_the_plan_s():
     assert set(ROUNDOFF) == set(precision.HALF_DTYPES)
 
 
-@pytest.mark.parametrize(
-    ("cpuinfo", "expected"),
-    [
-        ("processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_bf16 vnni\n", True),
-        ("flags\t\t: fpu avx512f amx_bf16 amx_tile\n", True),
-        ("Features\t: fp asimd i8mm bf16 dgh\n", True),
-        ("model name\t: bf16 avx512_bf16\nflags\t\t: fpu avx avx2 f16c avx512f\n", False),
-        ("", False),
-    ],
-)
-def test_a_cpu_that_multiplies_bfloat16_is_known_by_its_flags(cpuinfo, expected):
-    assert kernels.knows_bfloat16(cpuinfo) is expected
-
-
 def test_what_a_cpu_lacks_is_widened():
-    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-        native = kernels.knows_bfloat16(file.read())
+    native = bool(processor.this().multiplies("bfloat16"))
     assert kernels.is_widened(tf.float16)
     assert not kernels.is_widened(tf.float32)
     assert kernels.is_widened(tf.bfloat16) is not native

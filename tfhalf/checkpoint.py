@@ -117,7 +117,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def describe(model: keras.Model) -> dict[str, Any]:
-    """Returns what a state of this compiled model must agree with, as JSON values.
+    """Returns what a state of this model must agree with, as JSON values; it is compiled, or has no optimizer.
 
     Names carry Keras' counters, which differ between processes: they are for the reader. Order, classes, settings,
     dtypes and shapes count.
@@ -132,7 +132,7 @@ def describe(model: keras.Model) -> dict[str, Any]:
             [names.get(id(weight), weight.name), weight.dtype, [int(size) for size in weight.shape]]
             for weight in model.weights
         ],
-        "optimizer": dict(sorted(_flat(keras.optimizers.serialize(model.optimizer)))),
+        "optimizer": dict(sorted(_flat(keras.optimizers.serialize(model.optimizer)))) if model.compiled else {},
     }
 
 

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 
 import tensorflow as tf
 
+from tfhalf import processor
 from tfhalf.precision import HALF_DTYPES, at_least_float32
 
 Operation = Callable[..., tf.Tensor]
@@ -57,30 +58,16 @@ def _has_accelerator() -> bool:
 
 
 def is_widened(dtype: tf.DType, also_bfloat16: bool = False) -> bool:
-    """Returns whether this machine computes in float32 for a dtype: float16, and bfloat16 where asked or not native."""
-    if on_accelerator():
-        return False
-    return dtype == tf.float16 or (dtype == tf.bfloat16 and (also_bfloat16 or not _has_bfloat16()))
+    """Returns whether this machine computes in float32 for a dtype: float16, and bfloat16 where asked or not native.
 
-
-@functools.cache
-def _has_bfloat16() -> bool:
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            return knows_bfloat16(file.read())
-    except OSError:  # not Linux: float32 is right everywhere
-        return False
-
-
-def knows_bfloat16(cpuinfo: str) -> bool:
-    """Returns whether a CPU, told as Linux' /proc/cpuinfo, multiplies bfloat16 (x86: AVX-512 BF16 or AMX; Arm: BF16).
-
-    Without those instructions oneDNN's bfloat16 convolutions are slower than float32's: measured with AVX2, see
+    Without instructions for it oneDNN's bfloat16 convolutions are slower than float32's: measured with AVX2, see
     RESULTS.md, "A step of both".
     """
-    lines = [line for line in cpuinfo.lower().splitlines() if line.startswith(("flags", "features"))]
-    flags = {flag for line in lines for flag in line.split()}
-    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    if on_accelerator():
+        return False
+    if dtype == tf.bfloat16:
+        return also_bfloat16 or not processor.this().multiplies("bfloat16")
+    return dtype == tf.float16
 
 
 def round_once(operation: Operation, also_bfloat16: bool = False) -> Operation:

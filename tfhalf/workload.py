@@ -195,3 +195,24 @@ def _multiply_adds(operation: tf.Operation) -> int:
         }
         return math.prod(sizes.values())
     return 0
+
+
+def product_sizes(operation: tf.Operation) -> tuple[int, ...]:
+    """Returns the sizes that tensor cores see of an operation, none where it is no product or ordinary convolution.
+
+    Of a matrix product they are rows, inner size and columns, of a convolution its input and output channels; a size
+    that isn't known is left out.
+    """
+    if operation.type in ("Conv2D", "Conv3D"):
+        kernel = operation.inputs[1].shape
+        sizes = kernel.as_list()[-2:] if kernel.rank else []
+    elif operation.type in ("MatMul", "BatchMatMulV2", "BatchMatMulV3"):
+        left, result = operation.inputs[0].shape, operation.outputs[0].shape
+        if not left.rank or not result.rank:
+            return ()
+        transposed = operation.get_attr("transpose_a" if operation.type == "MatMul" else "adj_x")
+        rows, columns = result.as_list()[-2:]
+        sizes = [rows, left.as_list()[-2 if transposed else -1], columns]
+    else:
+        return ()
+    return tuple(size for size in sizes if size)
