@@ -224,6 +224,11 @@ class PrecisionPlan:
         """Whether the plan lets any layer compute in float16."""
         return "mixed_float16" in {self.default, *self.layers.values()}
 
+    @property
+    def computes_in_half(self) -> bool:
+        """Whether the plan lets any layer compute in half."""
+        return {self.default, *self.layers.values()} != {"float32"}
+
     def to_json(self) -> dict:
         """Returns the plan as plain JSON values; `from_json` is its inverse."""
         return {"default": self.default, "layers": dict(self.layers)}
@@ -261,6 +266,19 @@ class PrecisionPlan:
 
 
 @contextlib.contextmanager
+def keeping_policies(model: keras.Model) -> Iterator[None]:
+    """Gives a model and its layers their own policies back when the block ends, whatever was set in it."""
+    layers = [model, *layers_by_path(model).values()]
+    before = [layer.dtype_policy for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            if layer.dtype_policy is not old:
+                _set_policy(layer, old)
+
+
+@contextlib.contextmanager
 def computing_in(model: keras.Model, dtype: str) -> Iterator[None]:
     """Makes every half layer of a model compute in another dtype while the block runs; islands stay float32.
 
@@ -269,15 +287,11 @@ def computing_in(model: keras.Model, dtype: str) -> Iterator[None]:
         dtype: "float32", "float16" or "bfloat16".
     """
     policy = dtype if dtype == "float32" else f"mixed_{dtype}"
-    halves = [layer for layer in [model, *layers_by_path(model).values()] if layer.compute_dtype in HALF_DTYPES]
-    before = [layer.dtype_policy for layer in halves]
-    try:
-        for layer in halves:
-            _set_policy(layer, policy)
+    with keeping_policies(model):
+        for layer in [model, *layers_by_path(model).values()]:
+            if layer.compute_dtype in HALF_DTYPES:
+                _set_policy(layer, policy)
         yield
-    finally:
-        for layer, old in zip(halves, before, strict=True):
-            _set_policy(layer, old)
 
 
 @contextlib.contextmanager

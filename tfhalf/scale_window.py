@@ -313,16 +313,7 @@ class _Twins:
         return self._scales[first], self._scales[end - 1]
 
     def _gradients(self, data, scale):
-        """The loss, and the gradients of the scaled loss as the optimizer gets them; of IndexedSlices the values."""
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        values = [tf.identity(weight.value) for weight in self._weights]
-        scope = keras.StatelessScope([*zip(self._weights, values, strict=True)], collect_losses=True)
-        with scope, tf.GradientTape() as tape:
-            tape.watch(values)
-            _, loss = taps.predicted(self._model, x, y, sample_weight)
-            scaled = loss * tf.cast(scale, loss.dtype)
-        gradients = [getattr(gradient, "values", gradient) for gradient in tape.gradient(scaled, values)]
-        return loss, [tf.zeros([1]) if gradient is None else tf.cast(gradient, tf.float32) for gradient in gradients]
+        return twins.gradients(self._model, self._weights, data, scale)
 
     def _losses(self, data, scale, true):
         """For each variable the lost share of mass and of elements, the number of non-finite ones, and the error."""

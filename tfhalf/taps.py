@@ -92,7 +92,7 @@ def watched(model: keras.Model) -> Iterator[list[Event]]:
         model: a built model, accelerated or not.
     """
     events: list[Event] = []
-    stack, calls = ["" if _only_holds(model) else MODEL], {}
+    stack, calls = ["" if only_holds(model) else MODEL], {}
     layers = precision.layers_by_path(model)
     # Keras calls a recurrent layer's cell once outside the loop, to learn its dtypes.
     loops = tuple(path + "/" for path, layer in layers.items() if isinstance(layer, keras.layers.RNN))
@@ -101,7 +101,7 @@ def watched(model: keras.Model) -> Iterator[list[Event]]:
     graph = _graph()
 
     def wrapped(path: str, layer: keras.Layer) -> Callable:
-        original, computes = layer.call, not _only_holds(layer)
+        original, computes = layer.call, not only_holds(layer)
 
         def call(*args, **kwargs):
             calls[path] = calls.get(path, 0) + 1
@@ -164,7 +164,7 @@ def replay(model: keras.Model, data, *, scale, states: Sequence[tuple[keras.Vari
 def predicted(model: keras.Model, x, y, sample_weight) -> tuple:
     """Returns what a training step of Keras predicts, and its loss, at least float32; `training` goes where it is
     asked for, as in Keras."""
-    y_pred = model(x, training=True) if _asks_for_training(model) else model(x)
+    y_pred = model(x, training=True) if asks_for_training(model) else model(x)
     training = {"training": True} if "training" in inspect.signature(model.compute_loss).parameters else {}
     loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, **training)
     return y_pred, precision.at_least_float32(tf.convert_to_tensor(loss))
@@ -179,7 +179,7 @@ def forward(model: keras.Model, data) -> Pass:
     """
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
     with watched(model) as events, keras.StatelessScope():
-        y_pred = model(x, training=False) if _asks_for_training(model) else model(x)
+        y_pred = model(x, training=False) if asks_for_training(model) else model(x)
     events.append(Event("", "", "predict", _floats(y_pred)))
     return Pass(events, [[] for _ in events], None, {}, {})
 
@@ -192,6 +192,19 @@ def own_weights(model: keras.Model) -> dict[str, list[keras.Variable]]:
         found[path] = [variable for variable in layer.trainable_variables if id(variable) in left]
         left -= {id(variable) for variable in found[path]}
     return {path: found[path] for path in layers if found[path]}
+
+
+def asks_for_training(model: keras.Model) -> bool:
+    """Returns whether a model's call has an argument `training`."""
+    return "training" in inspect.signature(type(model).call).parameters
+
+
+def only_holds(layer: keras.Layer) -> bool:
+    """Returns whether a layer is a model that computes nothing besides its layers."""
+    if isinstance(layer, keras.Sequential):
+        return True
+    operations = getattr(layer, "operations", None)  # of a functional model
+    return operations is not None and all(isinstance(each, keras.Layer) for each in operations)
 
 
 def places(data, watched_pass: Pass) -> list[Place]:
@@ -243,18 +256,6 @@ def _of_weights(path: str, watched_pass: Pass) -> Place:
     return Place(path or MODEL, "backward", "the gradient of its weights", gradients)
 
 
-def _asks_for_training(model: keras.Model) -> bool:
-    return "training" in inspect.signature(type(model).call).parameters
-
-
-def _only_holds(layer: keras.Layer) -> bool:
-    """Whether a layer is a model that computes nothing besides its layers."""
-    if isinstance(layer, keras.Sequential):
-        return True
-    operations = getattr(layer, "operations", None)  # of a functional model
-    return operations is not None and all(isinstance(each, keras.Layer) for each in operations)
-
-
 def _before_cast(tensor: tf.Tensor) -> tf.Tensor:
     """What a noted tensor was before it was cast, in a graph."""
     if not tf.is_symbolic_tensor(tensor):
@@ -268,15 +269,16 @@ def _graph() -> tf.Graph | None:
 
 
 def _floats(structure) -> list[tf.Tensor]:
-    return [value for value in keras.tree.flatten(structure) if _is_float(value)]
+    return [value for value in keras.tree.flatten(structure) if is_float(value)]
 
 
-def _is_float(value) -> bool:
+def is_float(value) -> bool:
+    """Returns whether a value is a tensor of floats."""
     return isinstance(value, tf.Tensor) and value.dtype.is_floating
 
 
 def _noted(value, into: list[tf.Tensor]):
-    if not _is_float(value):
+    if not is_float(value):
         return value
     copy = tf.identity(value)
     into.append(copy)

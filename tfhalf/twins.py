@@ -18,7 +18,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfhalf import precision
+from tfhalf import precision, taps
 
 # Of a relative error. A hundred roundings of float16 in one direction, or ten thousand at random (2^-11 * 100 = 0.049):
 # what adds up to more isn't rounding.
@@ -102,3 +102,46 @@ def tensors(data):
         return tf.convert_to_tensor(value.astype("float32") if value.dtype == "float64" else value)
 
     return keras.tree.map_structure(convert, data)
+
+
+def gradients(
+    model: keras.Model, weights: Sequence[keras.Variable], data, scale: tf.Tensor
+) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    """Makes the pass of a training step, in the graph, and leaves no trace.
+
+    Args:
+        model: compiled.
+        weights: by which the gradients are taken.
+        data: a batch: x, or (x, y), or (x, y, sample_weight).
+        scale: float32 scalar that the loss is multiplied by.
+
+    Returns:
+        The loss, not scaled; and the gradients of the scaled loss as the optimizer gets them, float32: of IndexedSlices
+        the values, one zero where there is none.
+    """
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    values = [tf.identity(weight.value) for weight in weights]
+    scope = keras.StatelessScope([*zip(weights, values, strict=True)], collect_losses=True)
+    with scope, tf.GradientTape() as tape:
+        tape.watch(values)
+        _, loss = taps.predicted(model, x, y, sample_weight)
+        scaled = loss * tf.cast(scale, loss.dtype)
+    found = [getattr(gradient, "values", gradient) for gradient in tape.gradient(scaled, values)]
+    return loss, [tf.zeros([1]) if gradient is None else tf.cast(gradient, tf.float32) for gradient in found]
+
+
+def traced(function: Callable, *arguments: list) -> Callable:
+    """Returns a function as a graph, made once for all the values that each of its arguments is going to have.
+
+    Args:
+        function: of tensors, nested or not.
+        *arguments: for each argument some values; what differs in their shapes is left open.
+    """
+
+    def common(*values):
+        specs = [tf.type_spec_from_value(value) for value in values]
+        return specs[0].most_specific_common_supertype(specs[1:])
+
+    signature = [tf.nest.map_structure(common, *values) for values in arguments]
+    # Made at once: TensorFlow warns of functions that are made again and again when they are called.
+    return tf.function(function, autograph=False).get_concrete_function(*signature)
