@@ -88,7 +88,7 @@ def load(
         options: its parsed flags, as `runner.options_of` gives them.
 
     Returns:
-        The task and the flags as the task chose them, its data, its model.
+        The task and the flags as the task chose them, with a plan, its data, its model.
 
     Raises:
         AppError: a flag has no effect here, or something that the runner refuses.
@@ -97,6 +97,7 @@ def load(
         raise runner.AppError(f"--distribute={options.distribute} has no effect here: it is done on one device")
     task, options = runner.chosen(task, options)
     data = runner.load(task, options)
+    options = runner.resolve(task, options, data)
     return task, options, data, runner.build(task, options, data)
 
 

@@ -23,14 +23,13 @@ import datetime
 import json
 import math
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from apps import runner
-from tfhalf import bundle, checkpoint, convert, importing, latency
+from tfhalf import bundle, checkpoint, convert, importing, latency, processor
 
 _REPORT = "runtimes.json"
 _TITLES = {
@@ -194,7 +193,7 @@ def _write_report(path: Path, folder: Path, rows: list[latency.Row], refused: di
     report = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "bundle": str(folder),
-        "machine": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0))},
+        "machine": {"cpu": processor.this().name, "cores": processor.this().cores},
         "rounds": rounds,
         "rows": [_as_json(row) for row in rows],
         "refused": refused,
@@ -207,14 +206,6 @@ def _write_report(path: Path, folder: Path, rows: list[latency.Row], refused: di
 def _as_json(row: latency.Row) -> dict[str, Any]:
     finite = row.max_error if row.max_error is not None and math.isfinite(row.max_error) else None
     return dataclasses.asdict(row) | {"max_error": finite, "serves": row.serves}
-
-
-def _cpu() -> str:
-    """The processor's name."""
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Finds out what half precision does to a model's gradients, or inside a bundle.
+"""Finds out what half precision does to a model's gradients, or inside a bundle, or what this machine is good for.
 
+    python -m apps.doctor --hardware
     python -m apps.doctor --app=image.classification --window
     python -m apps.doctor --app=image.classification --window --checkpoint=<a file in runs/demo/checkpoints>
     python -m apps.doctor --saved_model=saved_models/image_classification_mnist_5k/1
@@ -13,6 +14,9 @@ that has to stay in float32, and the line of a plan that does it.
 `--saved_model` runs a bundle on its own samples, or on --inputs, and tells which operation inside it overflows, though
 what it answers may look fine, and which have the least room left.
 
+`--hardware` prints one page, to be pasted where somebody asks: the instructions of this machine for half precision,
+what TensorFlow uses of them, what rates are reached in each dtype (measured, some seconds), and what follows.
+
 Exit status 0: all is well. 1: no loss scale fits, or something overflows. 2: it couldn't be looked at.
 """
 
@@ -24,10 +28,11 @@ import numpy as np
 from absl import flags
 
 from apps import any_app, runner
-from tfhalf import bundle_watch, scale_window, training
+from tfhalf import bundle_watch, hardware, scale_window, training
 
 WELL, TROUBLE = 0, 1
-_ONLY_WITH_WINDOW = ("batches", "checkpoint", "output")
+_MODES = ("window", "saved_model", "hardware")
+_NEEDS = {"batches": "window", "checkpoint": "window", "output": "window", "inputs": "saved_model"}
 _LEAST_ROOM = 10  # operations in the table
 
 
@@ -40,12 +45,16 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("checkpoint", None, checkpoint_help, **here)
     flags.DEFINE_string("output", "runs/doctor", "Folder for --window's window.json and window.png.", **here)
     flags.DEFINE_string("saved_model", None, "Version folder of a bundle to watch; instead of --app.", **here)
+    flags.DEFINE_bool("hardware", False, "Print what this machine computes natively, and how fast; alone.", **here)
     flags.DEFINE_string("inputs", None, "An .npz file of inputs by name for --saved_model. Default: its own.", **here)
 
 
 def run(task: runner.Task | None, values: flags.FlagValues, names: list[str]) -> int:
     """Measures or watches, and prints; returns the exit status."""
     require_one_mode(task, values)
+    if values.hardware:
+        runner.say(str(hardware.inspect_hardware()))
+        return WELL
     if task is None:
         return watch(values.saved_model, values.inputs)
     options = runner.options_of(values, names)
@@ -53,20 +62,22 @@ def run(task: runner.Task | None, values: flags.FlagValues, names: list[str]) ->
 
 
 def require_one_mode(task: runner.Task | None, values: flags.FlagValues) -> None:
-    """Refuses flags that ask for nothing, for both, or for what has no effect.
+    """Refuses flags that ask for nothing, for several things, or for what has no effect.
 
     Raises:
-        AppError: the flags don't make one of the two commands.
+        AppError: the flags don't make one of the three commands.
     """
-    if (values.window, values.saved_model is not None) not in ((True, False), (False, True)):
-        raise runner.AppError("give exactly one of --window (with --app) and --saved_model=<folder>; --help says more")
+    modes = [name for name in _MODES if values[name].value not in (None, False)]
+    if len(modes) != 1:
+        raise runner.AppError(
+            "give exactly one of --window (with --app), --saved_model=<folder> and --hardware; --help says more"
+        )
+    (mode,) = modes
     if values.window != (task is not None):
-        needed = "needs --app=<name>" if values.window else "and --app exclude each other"
-        raise runner.AppError(f"{'--window' if values.window else '--saved_model'} {needed}")
-    ignored = ("inputs",) if values.window else _ONLY_WITH_WINDOW
-    for name in ignored:
-        if values[name].present:
-            raise runner.AppError(f"--{name} has no effect on {'--window' if values.window else '--saved_model'}")
+        raise runner.AppError(f"--{mode} {'needs --app=<name>' if values.window else 'and --app exclude each other'}")
+    for name, needed in _NEEDS.items():
+        if values[name].present and needed != mode:
+            raise runner.AppError(f"--{name} has no effect on --{mode}")
 
 
 def measure(

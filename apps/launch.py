@@ -9,21 +9,18 @@ does this part: set TF_CONFIG there and start the same program on each (README, 
 """
 
 import contextlib
-import ctypes
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 
 from absl import app, flags
 
+from apps import processes
+
 _LOOPBACK = "127.0.0.1"
-# From <linux/prctl.h>.
-_PR_SET_PDEATHSIG = 1
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -62,7 +59,7 @@ def _run(module: str, arguments: list[str], num_workers: int, grace: float, aske
     try:
         reason, status = _wait(workers, asked)
     finally:
-        _stop(workers, grace)
+        processes.stop(workers, grace)
     for reader in readers:
         reader.join(timeout=5)
     if reason:
@@ -81,23 +78,8 @@ def _free_ports(count: int) -> list[int]:
 
 def _start(module: str, arguments: list[str], addresses: list[str], index: int) -> subprocess.Popen:
     config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-    return subprocess.Popen(
-        [sys.executable, "-m", module, *arguments, "--distribute=multi_worker"],
-        env=os.environ | {"TF_CONFIG": json.dumps(config)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # Ctrl-C reaches this program only, which passes it on to all
-        preexec_fn=_die_with_parent,
-    )
-
-
-def _die_with_parent() -> None:
-    """Asks Linux to kill this worker when the launcher dies, however it dies."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    command = [sys.executable, "-m", module, *arguments, "--distribute=multi_worker"]
+    return processes.start(command, {"TF_CONFIG": json.dumps(config)}, subprocess.PIPE)
 
 
 def _forward(index: int, worker: subprocess.Popen) -> None:
@@ -119,26 +101,6 @@ def _wait(workers: list[subprocess.Popen], asked: threading.Event) -> tuple[str,
                 return f"error: worker {index} ended with exit status {status}", status
         if all(status == 0 for status in statuses):
             return "", 0
-
-
-def _stop(workers: list[subprocess.Popen], grace: float) -> None:
-    """Asks all to stop at the same time, so that they can save together; then kills what is left."""
-    for worker in workers:
-        if worker.poll() is None:
-            _signal(worker, signal.SIGTERM)
-    end = time.monotonic() + grace
-    while time.monotonic() < end and any(worker.poll() is None for worker in workers):
-        time.sleep(0.1)
-    for worker in workers:  # all before any is waited for, or the others complain of the first one's end
-        _signal(worker, signal.SIGKILL)
-    for worker in workers:
-        worker.wait()
-
-
-def _signal(worker: subprocess.Popen, number: signal.Signals) -> None:
-    """Signals a worker and what it started, which may outlive it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(worker.pid, number)
 
 
 if __name__ == "__main__":

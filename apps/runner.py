@@ -14,10 +14,11 @@ import hashlib
 import json
 import math
 import os
+import resource
 import shlex
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,15 @@ from absl import app, flags, logging
 import tfhalf
 from tfhalf import datasets, distribution, precision, training
 
-POLICIES = ("mixed_float16", "mixed_bfloat16", "float32", "auto")
+DIVERGED = 3  # the exit status of a run whose loss became non-finite
+AUTO = "auto"
+POLICIES = ("mixed_float16", "mixed_bfloat16", "float32", AUTO)
 _NUM_SAMPLES, _SAMPLE_BYTES = 16, 2**22
 _WARMUP_SHARE = 0.05
 # Where things lie, how often they are saved and on how many devices doesn't change what a run is; the plan is compared
 # by content.
 _PATH_FLAGS = {"data_dir", "workdir", "saved_model_dir", "saved_model_name", "saved_model_version", "precision_plan"}
-_MACHINE_FLAGS = {"keep", "checkpoint_seconds", "num_logical_devices", "monitor_every"}
+_MACHINE_FLAGS = {"keep", "checkpoint_seconds", "num_logical_devices", "monitor_every", "export", "explain"}
 
 Call = Callable[..., dict[str, tf.Tensor]]
 Decide = Callable[[dict[str, tf.Tensor]], dict[str, tf.Tensor]]
@@ -95,6 +98,7 @@ class Task:
         conclude: served function, data, folder -> the same at the end; writes examples for apps/predict.py.
         choose: options -> the task that they ask for, where an app has several; its defaults hold where a shared flag
             isn't given. None: this one.
+        short: flags of a run of minutes that still learns, which apps/parity.py makes many of.
     """
 
     name: str
@@ -115,6 +119,7 @@ class Task:
     conclude: Callable[[Call, Data, Path], dict[str, bytes | str]]
     decide: Callable[[keras.Model, Data], Decide | dict[str, Decide]] | None = None
     choose: Callable[[types.SimpleNamespace], "Task"] | None = None
+    short: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def main(task: Task) -> None:
@@ -146,7 +151,12 @@ def define_flags(task: Task, values: flags.FlagValues) -> list[str]:
     here, default, others = {"flag_values": values}, task.defaults, set(values)
     flags.DEFINE_string("dataset", default["dataset"], "Data set: a TFDS name, or one that a package carries.", **here)
     flags.DEFINE_string("data_dir", None, "Folder of data sets. Default: TFDS's, ~/tensorflow_datasets.", **here)
-    flags.DEFINE_enum("dtype_policy", "mixed_float16", POLICIES, "Keras dtype policy the model is built under.", **here)
+    policy_help = (
+        "Keras dtype policy the model is built under. auto: the fastest one here, by a trial of about a minute, whose "
+        "result is kept under ~/.cache/tfhalf; a run that is resumed keeps its own."
+    )
+    flags.DEFINE_enum("dtype_policy", "mixed_float16", POLICIES, policy_help, **here)
+    flags.DEFINE_bool("explain", False, "With --dtype_policy=auto: print what the trial measured.", **here)
     flags.DEFINE_string(
         "precision_plan", None, "JSON file of a tfhalf.PrecisionPlan; instead of --dtype_policy.", **here
     )
@@ -187,6 +197,8 @@ def define_flags(task: Task, values: flags.FlagValues) -> list[str]:
         "step is put down to the layer where it began. 0: none of it."
     )
     flags.DEFINE_integer("monitor_every", 0, monitor_help, 0, **here)
+    export_help = "Export, verify and publish a bundle. --noexport: train and score only, without pictures too."
+    flags.DEFINE_bool("export", True, export_help, **here)
     flags.DEFINE_bool("jit_compile", False, "Compile the training step with XLA; on one device.", **here)
     task.define_flags(values)
     names = sorted(set(values) - others)
@@ -198,8 +210,10 @@ def define_flags(task: Task, values: flags.FlagValues) -> list[str]:
 def options_of(values: flags.FlagValues, names: list[str]) -> types.SimpleNamespace:
     """Returns the parsed flags as a namespace, with the plan in place of the two flags that say it.
 
+    With --dtype_policy=auto the plan is None, until `resolve` has the data to choose it with.
+
     Raises:
-        AppError: flags exclude each other, ask for what doesn't exist yet, or name a plan that can't be read.
+        AppError: flags exclude each other, have no effect, or name a plan that can't be read.
     """
     options = types.SimpleNamespace(**{name: values[name].value for name in names})
     options.given = {name for name in names if values[name].present}
@@ -208,9 +222,15 @@ def options_of(values: flags.FlagValues, names: list[str]) -> types.SimpleNamesp
             raise AppError(f"--{name}={values[name].value} must be a finite number")
     if options.distribute != "none" and options.jit_compile:
         raise AppError(f"--jit_compile and --distribute={options.distribute} exclude each other; leave one out")
-    if options.dtype_policy == "auto":
-        raise AppError(f"--dtype_policy=auto isn't possible yet: choose one of {', '.join(POLICIES[:-1])}")
-    options.plan = tfhalf.PrecisionPlan(options.dtype_policy)
+    is_auto = options.dtype_policy == AUTO
+    if is_auto and options.distribute != "none":
+        raise AppError(
+            f"--dtype_policy=auto and --distribute={options.distribute} exclude each other: the trial is made on one "
+            "device; try it with --distribute=none --explain, then name the policy"
+        )
+    if options.explain and not is_auto:
+        raise AppError("--explain has an effect with --dtype_policy=auto only; leave it out")
+    options.plan = None if is_auto else tfhalf.PrecisionPlan(options.dtype_policy)
     if options.precision_plan is not None:
         if values["dtype_policy"].present:
             raise AppError("--precision_plan and --dtype_policy exclude each other: the plan says the policy")
@@ -219,8 +239,11 @@ def options_of(values: flags.FlagValues, names: list[str]) -> types.SimpleNamesp
         except (OSError, ValueError) as error:
             raise AppError(f"--precision_plan={options.precision_plan}: {error}") from error
     ignored = sorted(options.given & {"initial_scale", "dynamic_growth_steps"})
-    if ignored and not options.plan.needs_loss_scaling:
+    if ignored and not is_auto and not options.plan.needs_loss_scaling:
         raise AppError(f"--{ignored[0]} has no effect: nothing computes in float16; leave it out")
+    unused = sorted(options.given & {"saved_model_dir", "saved_model_name", "saved_model_version"})
+    if unused and not options.export:
+        raise AppError(f"--{unused[0]} has no effect beside --noexport: nothing is published; leave one of the two out")
     return options
 
 
@@ -228,6 +251,9 @@ def exit_code(body: Callable[[list[str]], None], argv: list[str]) -> int:
     """Runs a program's body; turns what the user can mend into one line on stderr and an exit status."""
     try:
         body(argv)
+    except training.DivergedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return DIVERGED
     except (AppError, datasets.DatasetError, training.TrainingError, tfhalf.ExportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -247,7 +273,7 @@ def exit_code(body: Callable[[list[str]], None], argv: list[str]) -> int:
 
 
 def run(task: Task, options: types.SimpleNamespace) -> tfhalf.Manifest | None:
-    """The sequence. Returns the manifest of the bundle that it published, or None in a worker that isn't the chief."""
+    """The sequence. Returns the manifest of the bundle that it published, or None where it published none."""
     task, options = chosen(task, options)
     strategy = distribution.make_strategy(options.distribute, options.num_logical_devices)
     workers = distribution.Workers(strategy)
@@ -258,11 +284,14 @@ def run(task: Task, options: types.SimpleNamespace) -> tfhalf.Manifest | None:
     name = options.saved_model_name or f"{task.name}_{options.dataset.replace('/', '_').replace(':', '_')}"
     workdir = Path(options.workdir or _default_workdir(name, options, config))
     data = load(task, options, workers.num_replicas)
+    options = resolve(task, options, data, workdir)
+    config = _config(task, options)
     with strategy.scope():
         model = build(task, options, data)
     measured = tfhalf.coverage(model, inputs=next(iter(data.train(0)))[0])  # a model's shapes may be open
     if workers.is_chief:
-        _version_folder(options, name)  # to be told now, not after hours of training
+        if options.export:
+            _version_folder(options, name)  # to be told now, not after hours of training
         _introduce(task, options, model, measured, workers)
         say(f"workdir {workdir}")
 
@@ -282,7 +311,7 @@ def run(task: Task, options: types.SimpleNamespace) -> tfhalf.Manifest | None:
             config=config,
             keep=options.keep,
             checkpoint_seconds=options.checkpoint_seconds,
-            show=lambda model: task.show(model, data),
+            show=(lambda model: task.show(model, data)) if options.export else None,
             report=say,
             callbacks=callbacks,
         )
@@ -300,6 +329,46 @@ def chosen(task: Task, options: types.SimpleNamespace) -> tuple[Task, types.Simp
     task = task.choose(options)
     defaults = {name: value for name, value in task.defaults.items() if name not in options.given}
     return task, types.SimpleNamespace(**vars(options) | defaults)
+
+
+def resolve(
+    task: Task, options: types.SimpleNamespace, data: Data, workdir: Path | None = None
+) -> types.SimpleNamespace:
+    """Returns the flags with a plan, where --dtype_policy=auto leaves it open; says which, and why.
+
+    It is the plan of the run in `workdir` where that has begun: today's choice could be another one.
+
+    Raises:
+        AppError: the model can be used in no policy.
+        TrainingError: the run's checkpoints are all damaged.
+    """
+    if options.plan is not None:
+        return options
+    begun = training.settings_of(workdir) if workdir is not None else None
+    if begun is not None and "plan" in begun:
+        plan = tfhalf.PrecisionPlan.from_json(begun["plan"])
+        say(f"dtype_policy auto: {plan.default} (that of the run in {workdir})")
+        return types.SimpleNamespace(**vars(options) | {"plan": plan})
+
+    def build_model() -> keras.Model:  # under the policy that is tried
+        plan = tfhalf.PrecisionPlan(keras.config.dtype_policy().name)
+        return build(task, types.SimpleNamespace(**vars(options) | {"plan": plan}), data)
+
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "tfhalf"
+    if options.deterministic:  # other kernels, other times
+        folder /= "deterministic"
+    try:
+        choice = tfhalf.choose_precision(
+            build_model, data.train(0), cache=folder, report=lambda line: say(f"dtype_policy auto: {line}")
+        )
+    except ValueError as error:
+        raise AppError(f"--dtype_policy=auto: {error}") from error
+    if options.explain:
+        say(str(choice))
+    because = "" if options.explain else f"{choice.reason}; "  # the table ends with it
+    when = f"{'cached, ' if choice.is_cached else ''}measured {choice.measurements['created'][:10]}"
+    say(f"dtype_policy auto: {choice.policy} ({because}{when})")
+    return types.SimpleNamespace(**vars(options) | {"plan": tfhalf.PrecisionPlan(choice.policy)})
 
 
 def _introduce(task: Task, options, model: keras.Model, measured, workers: distribution.Workers) -> None:
@@ -335,8 +404,8 @@ def load(task: Task, options: types.SimpleNamespace, num_replicas: int = 1) -> D
     return dataclasses.replace(data, steps_per_epoch=options.steps_per_epoch)
 
 
-def _conclude(task, options, name, config, workdir, data, trained, measured, progress) -> tfhalf.Manifest:
-    """Evaluates, exports, verifies and reports."""
+def _conclude(task, options, name, config, workdir, data, trained, measured, progress) -> tfhalf.Manifest | None:
+    """Evaluates, exports, verifies and reports; or evaluates only."""
     model = trained
     if options.distribute != "none":
         # Scored and exported as on one device: a mirrored variable asks the other replicas, or workers, for its value.
@@ -345,6 +414,10 @@ def _conclude(task, options, name, config, workdir, data, trained, measured, pro
     serve, signature = task.serve(model, data)
     answer = answering(task, model, data)
     scores = {"trained": task.score(answer, data)}
+    if not options.export:
+        training.write_results(workdir, progress, config, _results(scores), {}, progress.epoch * data.steps_per_epoch)
+        say(task.describe(scores["trained"]))
+        return None
     if measured.multiply_adds_in_half:
         with precision.computing_in(model, "float32"):
             scores["trained, in float32"] = task.score(answering(task, model, data), data)
@@ -380,8 +453,10 @@ def build(task: Task, options: types.SimpleNamespace, data: Data) -> keras.Model
     """Builds the model under the seed and the plan, and compiles it.
 
     Raises:
-        AppError: the plan doesn't fit the model, or an output isn't float32.
+        AppError: there is no plan yet, or it doesn't fit the model, or an output isn't float32.
     """
+    if options.plan is None:
+        raise AppError("--dtype_policy=auto isn't possible here: name a policy")
     # Here and not earlier: preparing a data set draws random numbers, and the first run would differ from the next.
     keras.utils.set_random_seed(options.seed)
     try:
@@ -451,12 +526,13 @@ def _config(task: Task, options: types.SimpleNamespace) -> dict[str, Any]:
     """What makes a run what it is."""
     left_out = _PATH_FLAGS | _MACHINE_FLAGS | {"plan", "given", "dtype_policy"}
     plain = {name: value for name, value in vars(options).items() if name not in left_out}
-    return {"task": task.name, "plan": options.plan.to_json()} | dict(sorted(plain.items()))
+    plan = options.plan.to_json() if options.plan else AUTO
+    return {"task": task.name, "plan": plan} | dict(sorted(plain.items()))
 
 
 def _default_workdir(name: str, options: types.SimpleNamespace, config: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
-    return f"runs/{name}-{options.plan.default}-{digest}"
+    return f"runs/{name}-{options.plan.default if options.plan else AUTO}-{digest}"
 
 
 def _samples(data: Data) -> dict[str, np.ndarray]:
@@ -506,10 +582,16 @@ def _record(task: Task, workdir: Path, config, progress, scores, answer, bundle:
         examples = workdir / "examples"
         examples.mkdir(exist_ok=True)
         shown = task.conclude(answer, data, examples)
-        results = {"scores": scores, "bundle": str(bundle)}
+        results = _results(scores) | {"bundle": str(bundle)}
         training.write_results(workdir, progress, config, results, shown, step)
     except OSError as error:  # the bundle is out; a full disk doesn't take it back
         say(f"the test's result couldn't be written to {workdir}: {error}; the bundle has it in its manifest")
+
+
+def _results(scores: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """What `metrics.json` says of a finished run."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"scores": scores, "peak_memory_bytes": peak}
 
 
 def _summary(task: Task, options, workdir: Path, bundle: Path, manifest, measured, progress, data: Data, model) -> str:

@@ -279,6 +279,17 @@ def test_damaged_checkpoint_falls_back_and_ends_the_same(model, tmp_path, build_
     assert_same_result(tmp_path / "whole", tmp_path / "run")
 
 
+def test_settings_of_a_run_are_in_its_checkpoint(model, tmp_path):
+    assert training.settings_of(tmp_path / "run") is None
+    fit(model, tmp_path / "run", epochs=1, config={"plan": {"default": "float32"}})
+    assert training.settings_of(tmp_path / "run") == {"plan": {"default": "float32"}}
+    (path,) = (tmp_path / "run" / "checkpoints").iterdir()
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(training.TrainingError, match="is damaged"):
+        training.settings_of(tmp_path / "run")
+    assert path.exists()  # looking changes nothing
+
+
 def test_nothing_but_damage_is_refused(model, tmp_path, build_convnet):
     fit(model, tmp_path, epochs=1)
     (tmp_path / "checkpoints" / "epoch-000001-step-000000000.npz").write_bytes(b"")
@@ -313,7 +324,7 @@ def test_checkpoint_that_cannot_be_written_stops_the_run_and_keeps_the_last(mode
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_bad_data_stops_an_unscaled_run_with_the_reason(build_convnet, tmp_path, poison, policy):
-    with pytest.raises(training.TrainingError, match=r"loss is .*; non-finite weights: .*; look for NaN"):
+    with pytest.raises(training.DivergedError, match=r"loss is .*; non-finite weights: .*; look for NaN"):
         fit(compiled(build_convnet(policy)), tmp_path, train_data=lambda epoch: batches(epoch, poison))
     assert not list(tmp_path.rglob("*.npz")), "a poisoned state was saved"
 
@@ -325,7 +336,7 @@ def test_run_whose_steps_are_all_skipped_stops(build_convnet, tmp_path):
         return batches(epoch).map(lambda x, y: (x, y + 1000))
 
     with pytest.raises(
-        training.TrainingError,
+        training.DivergedError,
         match=r"stopped at step 5: LossScaleOptimizer: every batch was skipped, this many in a row: 5; the loss was "
         r"finite \(1\) or not \(0\): 1; the loss scale was: 16777216; look for NaN or huge values",
     ):

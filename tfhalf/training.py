@@ -34,6 +34,7 @@ from tfhalf.compilation import compile_model, spread_random_states
 from tfhalf.optimizer import REMEDY, LossScaleOptimizer, parts
 
 __all__ = [
+    "DivergedError",
     "InterruptedRun",
     "Progress",
     "StopWhenStalled",
@@ -41,6 +42,7 @@ __all__ = [
     "compile_model",
     "fit",
     "load_weights",
+    "settings_of",
     "write_results",
 ]
 
@@ -52,6 +54,10 @@ _INTERRUPTED = "interrupted; the state is saved, the same command goes on from h
 
 class TrainingError(Exception):
     """A run can't start or go on; the message says what was seen and what to do."""
+
+
+class DivergedError(TrainingError):
+    """The loss or the weights became non-finite, or every step was skipped: the run itself is what failed."""
 
 
 class InterruptedRun(Exception):  # noqa: N818 - it is no error
@@ -116,7 +122,8 @@ def fit(
         The run's `Progress`.
 
     Raises:
-        TrainingError: the folder can't be used, the loss became non-finite, or every step was skipped.
+        TrainingError: the folder can't be used.
+        DivergedError: the loss became non-finite, or every step was skipped.
         distribution.DistributionError: workers were started with different settings.
         InterruptedRun: Ctrl-C or SIGTERM; the state is saved.
     """
@@ -158,7 +165,7 @@ def fit(
                             callbacks=called,
                         )
             if not progress.best_epoch:
-                raise TrainingError(f"{monitor} wasn't finite in any epoch; compare with a float32 run")
+                raise DivergedError(f"{monitor} wasn't finite in any epoch; compare with a float32 run")
             run.finish()
             model.set_weights(list(run.best.values()))
             return progress
@@ -188,6 +195,20 @@ def load_weights(model: keras.Model, path: str | os.PathLike) -> None:
         raise TrainingError(f"{path} holds another model's variables; build the model as the run did")
     for variable, value in pairs:
         variable.assign(value)
+
+
+def settings_of(workdir: str | os.PathLike) -> dict[str, Any] | None:
+    """Returns the `config` of the run that a folder's newest checkpoint is of; None where there is none.
+
+    Raises:
+        TrainingError: there are checkpoints, and all are damaged.
+    """
+    try:
+        states = checkpoint.Checkpoints(Path(workdir) / "checkpoints", 1, lambda line: None, is_writer=False)
+        found = states.newest()
+    except checkpoint.CheckpointError as error:
+        raise TrainingError(str(error)) from error
+    return found[1]["config"] if found else None
 
 
 def write_results(
@@ -282,7 +303,7 @@ class _Watch(keras.callbacks.Callback):
             if not said:
                 raise
             reason = said[1].replace("] [", " ").replace(" ;", ";")
-            raise TrainingError(f"training stopped at step {self._step + 1}: {reason}") from error
+            raise DivergedError(f"training stopped at step {self._step + 1}: {reason}") from error
 
     def check(self, when: str, logs) -> None:
         """Raises unless all weights are finite and a non-finite loss was one whose step was skipped."""
@@ -295,7 +316,7 @@ class _Watch(keras.callbacks.Callback):
         stalled = f"{optimizer.consecutive_skips} steps in a row were skipped; " if scaled and optimizer.stalled else ""
         state = f"non-finite weights: {', '.join(bad[:5])}" if bad else "all weights are finite"
         scale = f"; loss scale {optimizer.scale:g}, {optimizer.steps_skipped} steps skipped" if scaled else ""
-        raise TrainingError(f"training stopped at {when}: {stalled}loss is {loss:g}; {state}{scale}; {REMEDY}")
+        raise DivergedError(f"training stopped at {when}: {stalled}loss is {loss:g}; {state}{scale}; {REMEDY}")
 
 
 class _Run:

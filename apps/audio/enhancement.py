@@ -392,6 +392,7 @@ TASK = runner.Task(
     describe=describe,
     show=show,
     conclude=conclude,
+    short={"width": 8, "units": 64, "window_seconds": 1.0, "epochs": 3, "steps_per_epoch": 60},
 )
 
 if __name__ == "__main__":

@@ -228,6 +228,7 @@ TASK = runner.Task(
     describe=describe,
     show=show,
     conclude=conclude,
+    short={"epochs": 12},
 )
 
 if __name__ == "__main__":

@@ -383,6 +383,7 @@ TASK = runner.Task(
     show=show,
     conclude=conclude,
     choose=choose,
+    short={"width": 64, "depth": 2, "epochs": 8, "beam_size": 1},
 )
 
 if __name__ == "__main__":

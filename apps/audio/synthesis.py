@@ -433,6 +433,7 @@ TASK = runner.Task(
     describe=describe,
     show=show,
     conclude=conclude,
+    short={"width": 64, "depth": 1, "epochs": 4, "steps_per_epoch": 60},
 )
 
 if __name__ == "__main__":

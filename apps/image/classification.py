@@ -301,6 +301,7 @@ TASK = runner.Task(
     describe=describe,
     show=show,
     conclude=conclude,
+    short={"epochs": 6},
 )
 
 if __name__ == "__main__":

@@ -402,6 +402,7 @@ TASK = runner.Task(
     describe=describe,
     show=show,
     conclude=conclude,
+    short={"image_size": 128, "width": 16, "epochs": 8, "steps_per_epoch": 60},
 )
 
 if __name__ == "__main__":

@@ -203,6 +203,7 @@ TASK = runner.Task(
     describe=describe,
     show=show,
     conclude=conclude,
+    short={"width": 64, "depth": 1, "epochs": 3},
 )
 
 if __name__ == "__main__":

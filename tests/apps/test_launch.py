@@ -94,7 +94,7 @@ def test_killed_worker_ends_all_with_its_reason():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
 def test_interrupted_launcher_stops_all(number):
     launcher = start(*PROBING)
     workers = workers_of(launcher)

@@ -10,6 +10,7 @@ import time
 import types
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -18,8 +19,9 @@ from absl import flags
 import tfhalf
 from apps import runner
 from apps.image import classification
+from tests.apps.test_any_app import options_for, tiny_task
 from tests.conftest import ROOT, run_module
-from tfhalf import checkpoint
+from tfhalf import checkpoint, training
 
 APP = "apps.image.classification"
 
@@ -228,14 +230,17 @@ def test_values_out_of_range_are_refused(flag):
         parse(flag)
 
 
-def test_what_does_not_exist_yet_is_refused(tmp_path):
+def test_flags_that_exclude_each_other_are_refused(tmp_path):
     tfhalf.PrecisionPlan("float32").save(tmp_path / "plan.json")
     (tmp_path / "broken.json").write_text("{")
     for arguments, message in (
-        (["--dtype_policy=auto"], "--dtype_policy=auto isn't possible yet"),
+        (["--dtype_policy=auto", "--distribute=mirrored"], "--dtype_policy=auto and --distribute=mirrored exclude"),
+        (["--dtype_policy=auto", f"--precision_plan={tmp_path}/plan.json"], "exclude each other"),
+        (["--explain"], "--explain has an effect with --dtype_policy=auto only"),
         (["--distribute=mirrored", "--jit_compile"], "--jit_compile and --distribute=mirrored exclude each other"),
         (["--learning_rate=nan"], "--learning_rate=nan must be a finite number"),
         (["--dtype_policy=float32", "--initial_scale=8"], "--initial_scale has no effect"),
+        (["--noexport", "--saved_model_name=x"], "--saved_model_name has no effect beside --noexport"),
         (["--dtype_policy=float32", f"--precision_plan={tmp_path}/plan.json"], "exclude each other"),
         ([f"--precision_plan={tmp_path}/none.json"], "none.json"),
         ([f"--precision_plan={tmp_path}/broken.json"], "broken.json: PrecisionPlan: .* isn't JSON"),
@@ -243,6 +248,110 @@ def test_what_does_not_exist_yet_is_refused(tmp_path):
         with pytest.raises(runner.AppError, match=message):
             parse(*arguments)
     assert parse(f"--precision_plan={tmp_path}/plan.json").plan == tfhalf.PrecisionPlan("float32")
+
+
+def test_auto_leaves_the_plan_open_and_scaling_is_no_mistake():
+    assert parse("--dtype_policy=auto", "--initial_scale=8", "--explain").plan is None
+
+
+def drawing_task() -> runner.Task:
+    """A task that needs no data set, and whose model draws random numbers."""
+
+    def load_data(options):
+        def train(epoch):
+            random = np.random.default_rng([options.seed, epoch])
+            x, y = random.normal(size=[24, 4, 8]), random.normal(size=[24, 4, 2])
+            return tf.data.Dataset.from_tensor_slices((x.astype("float32"), y.astype("float32")))
+
+        return runner.Data(train, 24, train(99), train(98), about={})
+
+    def build_model(options, data):
+        layers = [keras.layers.Dense(16, name="body"), keras.layers.Dropout(0.5, name="drop")]
+        return keras.Sequential([keras.Input([8]), *layers, keras.layers.Dense(2, dtype="float32", name="head")])
+
+    return tiny_task(load_data=load_data, build_model=build_model)
+
+
+def test_nothing_is_built_before_a_policy_is_chosen():
+    task = drawing_task()
+    options = options_for(task, "--dtype_policy=auto")
+    with pytest.raises(runner.AppError, match="--dtype_policy=auto isn't possible here: name a policy"):
+        runner.build(task, options, runner.load(task, options))
+
+
+def resolved(task, *arguments, workdir=None):
+    options = options_for(task, *arguments, "--seed=4", "--epochs=2")
+    data = runner.load(task, options)
+    return runner.resolve(task, options, data, workdir), data
+
+
+def train(task, options, data, workdir) -> list[np.ndarray]:
+    model = runner.build(task, options, data)
+    settings = {"epochs": 2, "steps_per_epoch": 24, "monitor": None, "config": runner._config(task, options)}
+    training.fit(model, data.train, data.validation, workdir=workdir, **settings)
+    return model.get_weights()
+
+
+def test_auto_trains_as_the_policy_that_it_chose(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    task = drawing_task()
+    chosen, data = resolved(task, "--dtype_policy=auto", "--explain")
+    printed = capsys.readouterr().out
+    assert "of float32 (95%)" in printed
+    assert re.search(rf"^dtype_policy auto: {chosen.plan.default} \(measured \d+-\d\d-\d\d\)$", printed, re.MULTILINE)
+    assert len(list((tmp_path / "cache" / "tfhalf").iterdir())) == 1
+    named, same_data = resolved(task, f"--dtype_policy={chosen.plan.default}")
+    assert (named.plan, runner._config(task, named)) == (chosen.plan, runner._config(task, chosen))
+    auto = train(task, chosen, data, tmp_path / "auto")
+    for one, other in zip(auto, train(task, named, same_data, tmp_path / "named"), strict=True):
+        np.testing.assert_array_equal(one, other)
+    again, _ = resolved(task, "--dtype_policy=auto")
+    assert again.plan == chosen.plan
+    printed = capsys.readouterr().out
+    assert re.search(r"^dtype_policy auto: \w+ \(.*; cached, measured \d{4}-\d\d-\d\d\)$", printed, re.MULTILINE)
+    assert "trying" not in printed
+
+
+def test_auto_keeps_the_policy_of_a_run_that_is_resumed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    task = drawing_task()
+    for policy in ("mixed_float16", "mixed_bfloat16"):
+        folder = tmp_path / policy
+        options, data = resolved(task, f"--dtype_policy={policy}")
+        weights = train(task, options, data, folder)
+        auto, _ = resolved(task, "--dtype_policy=auto", workdir=folder)
+        assert auto.plan.default == policy
+        assert f"dtype_policy auto: {policy} (that of the run in {folder})" in capsys.readouterr().out
+        for one, other in zip(weights, train(task, auto, data, folder), strict=True):  # it is complete
+            np.testing.assert_array_equal(one, other)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_same_auto_command_has_one_folder_whatever_is_chosen():
+    options = parse("--dtype_policy=auto")
+    config = runner._config(classification.TASK, options)
+    assert re.fullmatch(r"runs/name-auto-[0-9a-f]{8}", runner._default_workdir("name", options, config))
+    explained = runner._config(classification.TASK, parse("--dtype_policy=auto", "--explain"))
+    assert explained == config
+
+
+@pytest.mark.soak
+def test_auto_through_the_command_line(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    arguments = [APP, f"--data_dir={data_dir}", "--epochs=1", "--steps_per_epoch=8", "--deterministic"]
+
+    def run_in(name: str, *more: str):
+        result = run_module(*arguments, *more, f"--workdir={tmp_path}/{name}", f"--saved_model_dir={tmp_path}/sm")
+        assert result.returncode == 0, result.stderr
+        return result.stdout, list(np.load(tmp_path / name / "best.npz").values())
+
+    printed, auto = run_in("auto", "--dtype_policy=auto", "--explain")
+    policy = re.search(r"^dtype_policy auto: (\w+) \(", printed, re.MULTILINE)[1]
+    _, named = run_in("named", f"--dtype_policy={policy}")
+    for one, other in zip(auto, named, strict=True):
+        np.testing.assert_array_equal(one, other)
+    printed, _ = run_in("auto", "--dtype_policy=auto")
+    assert f"dtype_policy auto: {policy} (that of the run in {tmp_path}/auto)" in printed
 
 
 def test_seed_decides_the_weights_whatever_was_drawn_before(data_dir):
@@ -270,6 +379,27 @@ def test_place_for_bundles_is_checked_before_training(tmp_path):
     assert runner._version_folder(options, "name") == tmp_path / "name" / "8"
     with pytest.raises(runner.AppError, match=r"--saved_model_version=7: .*/7 exists"):
         runner._version_folder(parse(f"--saved_model_dir={tmp_path}", "--saved_model_version=7"), "name")
+
+
+def test_a_run_without_export_is_scored_draws_nothing_and_can_be_exported_later(data_dir, tmp_path):
+    arguments = [f"--data_dir={data_dir}", f"--workdir={tmp_path}/run", "--epochs=1", "--steps_per_epoch=2"]
+    assert runner.run(classification.TASK, parse(*arguments, "--noexport")) is None
+    results = json.loads((tmp_path / "run" / "metrics.json").read_text())["results"]
+    assert results["scores"]["trained"]["total"] == 1000
+    assert 2**26 < results["peak_memory_bytes"] < 2**36
+    assert os.listdir(tmp_path) == ["run"]
+    assert not (tmp_path / "run" / "examples").exists()
+    assert runner._config(classification.TASK, parse(*arguments)) == runner._config(
+        classification.TASK, parse(*arguments, "--noexport")
+    )
+
+
+def test_a_run_that_diverged_has_an_exit_status_of_its_own(capsys):
+    def diverge(argv):
+        raise training.DivergedError("training stopped at step 3: loss is nan")
+
+    assert runner.exit_code(diverge, []) == runner.DIVERGED == 3
+    assert capsys.readouterr().err == "error: training stopped at step 3: loss is nan\n"
 
 
 def test_jit_compile_that_keras_would_ignore_is_refused(data_dir):
