@@ -41,7 +41,6 @@ _EXPORTED_ELSEWHERE = {
     "apps.text.sentiment",
     "apps.text.translation",
     "apps.audio.recognition",
-    "apps.audio.synthesis",
 }
 _FEW = {"audio": 100}  # speech takes longest; else 300
 POLICIES = {"float32": {"float32"}, "mixed_float16": {"float16", "float32"}, "mixed_bfloat16": {"bfloat16", "float32"}}

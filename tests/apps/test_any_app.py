@@ -147,3 +147,11 @@ any_app.main(lambda values: None, run)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False, env=environment)
     assert result.returncode == status, result.stderr
+
+
+def test_load_chooses_where_the_policy_is_auto(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    task = tiny_task()
+    _, options, _, model = any_app.load(task, options_for(task, "--dtype_policy=auto"))
+    assert f"dtype_policy auto: {options.plan.default} (" in capsys.readouterr().out
+    assert model.get_layer("body").dtype_policy.name == options.plan.default

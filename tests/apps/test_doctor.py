@@ -1,4 +1,4 @@
-"""The two commands, what they refuse, and their exit status."""
+"""The three commands, what they refuse, and their exit status."""
 
 import json
 
@@ -81,6 +81,21 @@ def test_sound_bundle_is_status_0(hiding):
 
 
 @pytest.mark.slow
+def test_hardware_is_a_page_and_status_0(monkeypatch):
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "1")
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")
+    result = run_module("apps.doctor", "--hardware")
+    assert result.returncode == doctor.WELL, result.stderr
+    lines = result.stdout.splitlines()
+    is_on = "oneDNN custom operations are on" in result.stderr  # as TensorFlow's log says
+    assert is_on is ("float32: matrix product" in result.stdout)
+    assert lines[0].startswith("CPU  ")
+    assert max(map(len, lines)) <= 130
+    (row,) = [line for line in lines if line.startswith("matrix product, TensorFlow")]
+    assert all(float(rate) > 0 for rate in row.split()[3:6])
+
+
+@pytest.mark.slow
 def test_what_cannot_be_looked_at_ends_in_2_with_one_line(tmp_path):
     result = run_module("apps.doctor", f"--saved_model={tmp_path}")
     assert (result.returncode, result.stdout) == (2, "")
@@ -100,6 +115,10 @@ def test_what_cannot_be_looked_at_ends_in_2_with_one_line(tmp_path):
         (["--window", "--inputs=x"], True, "--inputs has no effect on --window"),
         (["--saved_model=x", "--batches=2"], False, "--batches has no effect on --saved_model"),
         (["--saved_model=x", "--checkpoint=y"], False, "--checkpoint has no effect on --saved_model"),
+        (["--hardware", "--window"], True, "exactly one of --window"),
+        (["--hardware"], True, "--hardware and --app exclude each other"),
+        (["--hardware", "--inputs=x"], False, "--inputs has no effect on --hardware"),
+        (["--hardware", "--output=y"], False, "--output has no effect on --hardware"),
         (["--saved_model=x", "--output=y"], False, "--output has no effect on --saved_model"),
     ],
 )
@@ -108,7 +127,8 @@ def test_exactly_one_mode(arguments, has_app, message):
         doctor.require_one_mode(tiny_task() if has_app else None, values_of(*arguments))
 
 
-def test_both_modes_are_let_through():
+def test_each_mode_is_let_through():
+    doctor.require_one_mode(None, values_of("--hardware"))
     doctor.require_one_mode(tiny_task(), values_of("--window", "--batches=3", "--checkpoint=x", "--output=y"))
     doctor.require_one_mode(None, values_of("--saved_model=x", "--inputs=y"))
 

@@ -133,6 +133,7 @@ def learned(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.soak  # the contract exports a bundle and draws what is shown
 def test_it_learns_to_speak_and_the_bundle_speaks_alike(learned, tmp_path):
     model, data = learned
     call = runner.answering(synthesis.TASK, model, data)
@@ -174,6 +175,7 @@ def test_it_learns_to_speak_and_the_bundle_speaks_alike(learned, tmp_path):
     assert Judge("", RATE).transcribe([answer["waveform"][5][: answer["length"][5]]]) == ["č"]
 
 
+@pytest.mark.soak
 def test_marks_are_read_as_pauses(learned):
     model, data = learned
     encode, _ = synthesis.serve(model, data)
@@ -184,6 +186,7 @@ def test_marks_are_read_as_pauses(learned):
     assert {space, mark} <= {label for row in rows for label in row}
 
 
+@pytest.mark.soak
 def test_what_is_shown(learned, tmp_path):
     model, data = learned
     shown = synthesis.show(model, data)

@@ -623,6 +623,7 @@ print(json.dumps(outputs["probabilities"].numpy().tolist()))
 
 
 @pytest.mark.slow
+@pytest.mark.soak  # test_wordpieces.py serves its tokenizer alone, the contract our own encoder
 def test_bundle_of_a_preset_needs_nothing_but_tensorflow(preset, tmp_path):
     data = preset_data(preset)
     model = runner.build(classification.TASK, options_for(classification.TASK, preset), data)
