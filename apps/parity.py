@@ -36,7 +36,8 @@ from tfhalf import checkpoint, equivalence
 STATUSES = {equivalence.EQUIVALENT: 0, equivalence.DIFFERENT: 1, equivalence.UNDECIDED: 3}
 _FIRST_PILOT = 1000  # pilots' seeds aren't among those that are judged
 _OURS = ("seed", "workdir", "export", "saved_model_dir", "saved_model_name", "saved_model_version")
-_OF_HALF = {"dtype_policy", "precision_plan", "initial_scale", "dynamic_growth_steps"}
+_SCALING = {"initial_scale", "dynamic_growth_steps"}
+_OF_HALF = {"dtype_policy", "precision_plan", *_SCALING}
 _TRAINING_ONLY = ("seeds", "pilot_seeds", "margin", "processes", "short")
 
 
@@ -47,7 +48,7 @@ class Study:
     Attributes:
         app: name of the app.
         metric: the one that decides.
-        half: what the half side is called, as "mixed_float16".
+        half: what the half side is called: "mixed_float16", with a digest where a plan or the loss scaling is given.
         pilots, float32, halves: runs; the latter two by the same seeds.
         folder: of all of it.
         settings: what all runs have in common, and what half has for itself; JSON values.
@@ -136,8 +137,9 @@ def plan(task: runner.Task, options: types.SimpleNamespace, values: flags.FlagVa
     common = [own[name] for name in sorted(set(own) - _OF_HALF)]
     of_half = [own[name] for name in sorted(set(own) & _OF_HALF)] or [f"--dtype_policy={options.plan.default}"]
     half = options.plan.default
-    if options.plan.layers:
-        half += "-" + _digest(options.plan.to_json())
+    scaling = [own[name] for name in sorted(set(own) & _SCALING)]
+    if options.plan.layers or scaling:  # or finished runs of other flags would be taken for these
+        half += "-" + _digest([options.plan.to_json(), scaling])
     app = values.app
     folder = Path(values.output or f"runs/parity/{app}-{_digest(common)}")
 
@@ -215,23 +217,20 @@ def judge(
 
 def _require_same(study: Study) -> None:
     path = study.folder / "settings.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+    if before := _read(path):
         if before != study.settings:
             others = " ".join(before["flags"])
             raise runner.AppError(
                 f"--output={study.folder} holds runs of other flags ({others}); choose another folder"
             )
         return
-    study.folder.mkdir(parents=True, exist_ok=True)
     _replace(path, study.settings)
 
 
 def _margins(study: Study, stated: float | None) -> dict[str, Any]:
     """The margins, as they were first written down."""
     path = study.folder / "margins.json"
-    if path.exists():
-        margins = json.loads(path.read_text(encoding="utf-8"))
+    if margins := _read(path):
         before = margins["metrics"][study.metric]
         if before != (before if stated is None else stated) or margins["pilots"] != len(study.pilots):
             raise runner.AppError(
@@ -257,20 +256,33 @@ def _margins(study: Study, stated: float | None) -> dict[str, Any]:
 
 
 def _write(folder: Path, name: str, text: str, value: dict[str, Any], pictures: dict[str, bytes]) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.replace(folder / f"{name}.md", lambda file: file.write(text.encode()))
-        for suffix, picture in pictures.items():
-            checkpoint.replace(folder / f"{name}{suffix}", lambda file, picture=picture: file.write(picture))
-        page = parity_report.to_html(text, {f"{name}{suffix}": picture for suffix, picture in pictures.items()})
-        checkpoint.replace(folder / f"{name}.html", lambda file: file.write(page.encode()))
-        _replace(folder / f"{name}.json", value)
-    except OSError as error:
-        raise runner.AppError(f"--output={folder}: {error.strerror}; choose another folder") from error
+    page = parity_report.to_html(text, {f"{name}{suffix}": picture for suffix, picture in pictures.items()})
+    files = {".md": text.encode(), **pictures, ".html": page.encode()}
+    for suffix, content in files.items():
+        _put(folder / f"{name}{suffix}", content)
+    _replace(folder / f"{name}.json", value)
 
 
 def _replace(path: Path, value: dict[str, Any]) -> None:
-    checkpoint.replace(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+    _put(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _put(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.replace(path, lambda file: file.write(content))
+    except OSError as error:
+        raise runner.AppError(f"--output={path.parent}: {error.strerror}; choose another folder") from error
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What `_replace` wrote; None where there is nothing."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise runner.AppError(f"{path} can't be read ({error}); choose another --output") from error
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import resource
-import shlex
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -28,11 +27,11 @@ import tensorflow as tf
 from absl import app, flags, logging
 
 import tfhalf
-from tfhalf import datasets, distribution, precision, training
+from apps import summary
+from tfhalf import datasets, distribution, optimizer, precision, training
 
 DIVERGED = 3  # the exit status of a run whose loss became non-finite
 AUTO = "auto"
-POLICIES = ("mixed_float16", "mixed_bfloat16", "float32", AUTO)
 _NUM_SAMPLES, _SAMPLE_BYTES = 16, 2**22
 _WARMUP_SHARE = 0.05
 # Where things lie, how often they are saved and on how many devices doesn't change what a run is; the plan is compared
@@ -155,13 +154,18 @@ def define_flags(task: Task, values: flags.FlagValues) -> list[str]:
         "Keras dtype policy the model is built under. auto: the fastest one here, by a trial of about a minute, whose "
         "result is kept under ~/.cache/tfhalf; a run that is resumed keeps its own."
     )
-    flags.DEFINE_enum("dtype_policy", "mixed_float16", POLICIES, policy_help, **here)
+    flags.DEFINE_enum("dtype_policy", "mixed_float16", [*precision.POLICIES, AUTO], policy_help, **here)
     flags.DEFINE_bool("explain", False, "With --dtype_policy=auto: print what the trial measured.", **here)
     flags.DEFINE_string(
         "precision_plan", None, "JSON file of a tfhalf.PrecisionPlan; instead of --dtype_policy.", **here
     )
     flags.DEFINE_float(
-        "initial_scale", 2.0**15, "First loss scale (float16), 2^-14 to 2^24.", 2.0**-14, 2.0**24, **here
+        "initial_scale",
+        2.0**optimizer.FIRST_EXPONENT,
+        f"First loss scale (float16), 2^{optimizer.LOWEST_EXPONENT} to 2^{optimizer.HIGHEST_EXPONENT}.",
+        2.0**optimizer.LOWEST_EXPONENT,
+        2.0**optimizer.HIGHEST_EXPONENT,
+        **here,
     )
     growth_help = "Good steps in a row before the loss scale doubles (float16), 1 or more."
     flags.DEFINE_integer("dynamic_growth_steps", 2000, growth_help, 1, **here)
@@ -292,7 +296,8 @@ def run(task: Task, options: types.SimpleNamespace) -> tfhalf.Manifest | None:
     if workers.is_chief:
         if options.export:
             _version_folder(options, name)  # to be told now, not after hours of training
-        _introduce(task, options, model, measured, workers)
+        for line in summary.introduction(task, options, model, measured, workers.num_replicas):
+            say(line)
         say(f"workdir {workdir}")
 
     callbacks = []
@@ -371,18 +376,6 @@ def resolve(
     return types.SimpleNamespace(**vars(options) | {"plan": tfhalf.PrecisionPlan(choice.policy)})
 
 
-def _introduce(task: Task, options, model: keras.Model, measured, workers: distribution.Workers) -> None:
-    say(f"{task.name} on {options.dataset}, {options.plan.default}: {model.count_params():,} parameters")
-    if measured.multiply_adds_in_half:
-        islands = ", ".join(measured.islands) or "none"
-        say(f"{measured.multiply_adds_in_half:.1%} of multiply-adds in half; float32 islands: {islands}")
-    if options.accelerate and (left := tfhalf.left_alone(model)):
-        say("not accelerated: " + "; ".join(f"{path} ({why})" for path, why in left.items()))
-    if options.distribute != "none":
-        share = options.batch_size // workers.num_replicas
-        say(f"{workers.num_replicas} replicas, {share} of a batch's {options.batch_size} examples each")
-
-
 def load(task: Task, options: types.SimpleNamespace, num_replicas: int = 1) -> Data:
     """Loads a task's data, with as many steps an epoch as the flags say.
 
@@ -435,7 +428,8 @@ def _conclude(task, options, name, config, workdir, data, trained, measured, pro
     )
     say(f"published {bundle}")
     _record(task, workdir, config, progress, scores, answer, bundle, data)
-    say(_summary(task, options, workdir, bundle, manifest, measured, progress, data, trained))
+    batches = progress.epoch * data.steps_per_epoch
+    say(summary.conclusion(task, options, workdir, bundle, manifest, measured, progress, batches, trained))
     return manifest
 
 
@@ -592,50 +586,3 @@ def _results(scores: dict[str, dict[str, float]]) -> dict[str, Any]:
     """What `metrics.json` says of a finished run."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {"scores": scores, "peak_memory_bytes": peak}
-
-
-def _summary(task: Task, options, workdir: Path, bundle: Path, manifest, measured, progress, data: Data, model) -> str:
-    metrics = manifest.metadata["metrics"]
-    float32_bytes = sum(int(np.prod(weight.shape)) * 4 for weight in model.weights)
-    lines = [
-        "",
-        task.describe(metrics["trained"]),
-        "",
-        f"  {'computed by':34} " + " ".join(f"{name:>10}" for name in metrics["trained"]),
-    ]
-    computed = {"trained": "the trained model", "trained, in float32": "the same weights in float32"}
-    for key, score in metrics.items():
-        values = " ".join(
-            f"{value:{max(10, len(name))}{'.4f' if isinstance(value, float) else ''}}" for name, value in score.items()
-        )
-        lines.append(f"  {computed.get(key, 'the artefact, ' + key):34} {values}")
-    lines.append("")
-    if isinstance(model.optimizer, tfhalf.LossScaleOptimizer):
-        scaled = model.optimizer
-        batches = progress.epoch * data.steps_per_epoch
-        lines.append(
-            f"  loss scale      {scaled.scale:g} at the end; {scaled.steps_skipped} of {batches} steps skipped"
-            + ("; --monitor_every=50 tells where" if scaled.steps_skipped and not options.monitor_every else "")
-        )
-    errors = ", ".join(
-        f"{name} {max(signature['max_error'].values()):.1e} (at most {signature['tolerance']:g})"
-        for name, signature in manifest.signatures.items()
-        if signature["tolerance"] is not None
-    )
-    workdir_, bundle_, base = (shlex.quote(str(path)) for path in (workdir, bundle, bundle.parent.resolve()))
-    lines += [
-        f"  in half         {measured.multiply_adds_in_half:.1%} of multiply-adds, "
-        f"{measured.parameters_in_half:.1%} of parameters",
-        f"  epoch taken     {progress.best_epoch} of {progress.epoch}, "
-        + (f"{task.monitor} {progress.best:.4f}" if task.monitor else "the last"),
-        f"  artefact        {bundle}, verified in a fresh process",
-        f"  variables       {manifest.sizes['variables']:,} bytes; the weights in float32 are {float32_bytes:,}",
-        f"  graph           {manifest.sizes['graph']:,} bytes",
-        f"  kept in float32 {', '.join(manifest.kept) or 'nothing'}",
-        f"  largest error   {errors}",
-        "",
-        f"  look            .venv/bin/tensorboard --logdir={workdir_}/tensorboard",
-        f"  predict         .venv/bin/python -m apps.predict --saved_model={bundle_} {workdir_}/examples",
-        f"  serve           laid out for TensorFlow Serving: --model_base_path={base}",
-    ]
-    return "\n".join(lines)

@@ -65,7 +65,7 @@ def run(task: runner.Task | None, values: flags.FlagValues, names: list[str]) ->
     options = runner.options_of(values, names)
     if options.precision_plan is not None:
         raise runner.AppError("--precision_plan has no effect here: a search starts from half everywhere; leave it out")
-    if options.plan.default == "float32":
+    if options.plan is not None and not options.plan.computes_in_half:
         raise runner.AppError("--dtype_policy=float32 has nothing in half; choose mixed_float16 or mixed_bfloat16")
     task, options, batches, model = load(task, options, values.batches, values.checkpoint)
     try:

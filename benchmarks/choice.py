@@ -20,7 +20,7 @@ from absl import app, flags
 
 import tfhalf
 from benchmarks import batches, measuring, networks
-from tfhalf import fastest
+from tfhalf.precision import POLICIES
 
 _WARM_UP = 3
 
@@ -47,7 +47,8 @@ def main(argv: list[str]) -> None:
         for repetition in range(values.repetitions):
             x, y = batches.random_batch(network, np.random.default_rng(repetition))
             choices.append(tfhalf.choose_precision(networks.BUILDERS[network], x, y, _loss(), seconds=values.seconds))
-            print(f"{network}, {repetition + 1} of {values.repetitions}: {choices[-1].policy}: {choices[-1].reason}", flush=True)  # fmt: skip  # noqa: E501
+            told = f"{choices[-1].policy}: {choices[-1].reason}"
+            print(f"{network}, {repetition + 1} of {values.repetitions}: {told}", flush=True)
         print(choices[-1], flush=True)
         print(_as_text(network, choices, _measure(network, values.rounds)), flush=True)
 
@@ -59,7 +60,7 @@ def _loss() -> keras.losses.Loss:
 def _measure(network: str, rounds: int) -> dict[str, list[float]]:
     """Seconds of a training step in each policy, by round."""
     random, models = np.random.default_rng(1000), {}
-    for policy in fastest.POLICIES:
+    for policy in POLICIES:
         keras.utils.set_random_seed(0)
         with tfhalf.PrecisionPlan(policy).scope():
             models[policy] = tfhalf.accelerate(networks.BUILDERS[network]())
@@ -79,14 +80,14 @@ def _measure(network: str, rounds: int) -> dict[str, list[float]]:
 def _as_text(network: str, choices: list[tfhalf.Choice], seconds: dict[str, list[float]]) -> str:
     """The network's rows of the table."""
     medians = {policy: float(np.median(times)) for policy, times in seconds.items()}
-    fastest = min(medians, key=medians.get)
-    right = sum(one.policy == fastest or fastest in one.measurements["within_noise"] for one in choices)
-    noise = sum(one.policy != fastest and fastest in one.measurements["within_noise"] for one in choices)
+    best = min(medians, key=medians.get)
+    right = sum(one.policy == best or best in one.measurements["within_noise"] for one in choices)
+    noise = sum(one.policy != best and best in one.measurements["within_noise"] for one in choices)
     lines = [f"\n{network}: right in {right} of {len(choices)}, in {noise} of them by saying that it is within noise"]
     lines.append(f"{'policy':15} {'ms a step':>10}  {'of the fastest (95%)':24} chosen")
     picks = collections.Counter(one.policy for one in choices)
     for policy, times in seconds.items():
-        ratio = "1" if policy == fastest else str(measuring.paired_ratio(times, seconds[fastest]))
+        ratio = "1" if policy == best else str(measuring.paired_ratio(times, seconds[best]))
         lines.append(f"{policy:15} {1e3 * medians[policy]:10.1f}  {ratio:24} {picks[policy]} of {len(choices)}")
     return "\n".join(lines) + "\n"
 

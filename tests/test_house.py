@@ -46,6 +46,7 @@ LAYERS = [
     },
     {"tfhalf.numerics", "tfhalf.choice", "tfhalf.search", "tfhalf.clearance"},
     {"tfhalf"},
+    {"apps.summary"},
     {"apps.runner", "apps.figures", "apps.drawing", "apps.scores", "apps.audio.waveforms", "apps.processes"},
     {"apps.sets", "apps.presets", "apps.optimizers", "apps.any_app", "apps.paired_runs"},
     {"apps.batches", "apps.parity_report"},

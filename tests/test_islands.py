@@ -11,9 +11,9 @@ from tfhalf.islands import LayerCost, Search, Trial
 
 def found(**changes) -> Search:
     layers = [
-        LayerCost("block", np.inf, 0.5, 300, 30, False),
-        LayerCost("block/inner", np.inf, 0.5, 100, 10, True),
-        LayerCost("dense", 0.001, 0.002, 100, 10, False),
+        LayerCost("block", np.inf, 0.5, np.inf, 300, 30, False),
+        LayerCost("block/inner", np.inf, 0.5, np.inf, 100, 10, True),
+        LayerCost("dense", 0.001, 0.002, 0.02, 100, 10, False),
     ]
     given = {
         "plan": tfhalf.PrecisionPlan(layers={"block/inner": "float32"}),
@@ -53,7 +53,7 @@ def test_table_tells_all():
 
 
 def test_long_tables_are_cut_and_keep_the_islands():
-    layers = [LayerCost(f"layer{index}", 0.001 * index, 0.0, 1, 1, index == 0) for index in range(50)]
+    layers = [LayerCost(f"layer{index}", 0.001 * index, 0.0, 0.02 * index, 1, 1, index == 0) for index in range(50)]
     lines = str(found(layers=layers)).splitlines()
     assert lines[-1] == "and 10 more"
     assert any(line.startswith("> layer0 ") for line in lines)

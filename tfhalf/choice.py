@@ -27,8 +27,8 @@ import keras
 import numpy as np
 
 from tfhalf import acceleration, compilation, fastest, hardware, remembered, trial, twins
-from tfhalf.fastest import BFLOAT16, FLOAT16, FLOAT32, POLICIES
-from tfhalf.precision import PrecisionPlan
+from tfhalf.fastest import BFLOAT16, FLOAT16, FLOAT32
+from tfhalf.precision import POLICIES, PrecisionPlan, dtype_of
 
 # Of the time that the pipeline and the step take, one after the other: above it the pipeline is the bottleneck.
 _INPUT_BOUND = 0.5
@@ -211,10 +211,10 @@ def _reasons(decided: fastest.Fastest, trials: dict[str, trial.Trial], measureme
 def _causes(policy: str, trials: dict[str, trial.Trial], found: hardware.Hardware) -> Iterator[str]:
     """What lies behind the times."""
     halves = [name for name in trials if name != FLOAT32]
-    native = {name: found.native[name.removeprefix("mixed_")] for name in halves}
-    missing = [name.removeprefix("mixed_") for name in halves if not native[name]]
+    native = {name: found.native[dtype_of(name)] for name in halves}
+    missing = [dtype_of(name) for name in halves if not native[name]]
     if policy in halves and native[policy]:
-        yield f"{policy.removeprefix('mixed_')} is native here ({native[policy]})"
+        yield f"{dtype_of(policy)} is native here ({native[policy]})"
     elif missing:
         yield f"nothing here is known to multiply {' or '.join(missing)} natively"
     casts = {name: trials[name].cast_share for name in halves if trials[name].cast_share is not None}

@@ -19,12 +19,12 @@ import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
 
-from tfhalf import compilation, exponents, precision, reporting, sensitivity, taps, twins
+from tfhalf import compilation, exponents, optimizer, precision, reporting, sensitivity, taps, twins
+from tfhalf.islands import mark_layers
 
 # A factor of 4: other batches than those that were looked at may hold larger numbers.
 HEADROOM_BITS = 2.0
 _FORMAT = precision.FORMATS["float16"]
-_LOWEST_SCALE, _HIGHEST_SCALE = -14, 24  # the bounds of `tfhalf.LossScaleOptimizer`
 _SCALE_STEP = 4
 
 
@@ -93,13 +93,9 @@ class Clearance:
             axis.plot(places[values > 0], values[values > 0], mark, label=name)
         axis.axhline(_FORMAT.largest, color="tab:red", linewidth=0.8, label="float16's end")
         axis.axhline(2.0 ** (_FORMAT.end - self.headroom_bits), color="tab:red", linewidth=0.8, linestyle="--")
-        for place in places[[bool(one.why) for one in self.layers]]:
-            axis.axvspan(place - 0.5, place + 0.5, color="tab:red", alpha=0.2)
-        axis.set_yscale("log")
         axis.set_ylabel("largest magnitude")
         axis.set_xlabel("layers in order; red: float32 islands; dashed: the headroom")
-        axis.set_xticks(places, [one.path[-32:] for one in self.layers], rotation=90, fontsize=6)
-        axis.legend(fontsize=8)
+        mark_layers(axis, [one.path for one in self.layers], self.islands)
         return reporting.png(figure)
 
     def __str__(self) -> str:
@@ -239,9 +235,9 @@ def _overflow(model: keras.Model, batches: list, islands: Iterable[str], exponen
             bad = [np.flatnonzero(traced(data, tf.constant(2.0**exponent))) for data in batches]
             first = [found[at[0]] for at in bad if at.size]
             forward = next((place for place in first if place.phase == "forward"), None)
-            if forward or not first or exponent == _LOWEST_SCALE:
+            if forward or not first or exponent == optimizer.LOWEST_EXPONENT:
                 return forward or next(iter(first), None)
-            exponent = max(exponent - _SCALE_STEP, _LOWEST_SCALE)
+            exponent = max(exponent - _SCALE_STEP, optimizer.LOWEST_EXPONENT)
 
 
 def _places(model: keras.Model, data, scale) -> list[taps.Place]:
@@ -284,8 +280,8 @@ def _why(one: Range, headroom_bits: float) -> str:
 def _scale(ranges: dict[str, Range], islands: Iterable[str], headroom_bits: float) -> int:
     """The exponent of the largest loss scale that leaves the headroom to the gradients of layers in half."""
     largest = max((one.gradients for path, one in ranges.items() if path not in islands), default=0.0)
-    most = _FORMAT.end - headroom_bits - np.log2(largest) if largest else _HIGHEST_SCALE
-    return int(np.clip(np.floor(most), _LOWEST_SCALE, _HIGHEST_SCALE))
+    most = _FORMAT.end - headroom_bits - np.log2(largest) if largest else optimizer.HIGHEST_EXPONENT
+    return int(np.clip(np.floor(most), optimizer.LOWEST_EXPONENT, optimizer.HIGHEST_EXPONENT))
 
 
 def _plan(islands: Iterable[str]) -> precision.PrecisionPlan:

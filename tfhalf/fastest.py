@@ -22,8 +22,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-FLOAT32, BFLOAT16, FLOAT16 = "float32", "mixed_bfloat16", "mixed_float16"
-POLICIES = (FLOAT32, FLOAT16, BFLOAT16)
+from tfhalf.precision import POLICIES
+
+FLOAT32, FLOAT16, BFLOAT16 = POLICIES
 LEAST_ROUNDS, MOST_ROUNDS = 6, 40
 _CONFIDENCE, _STRICT = 0.95, 0.998
 # A policy is no longer measured after this many rounds that were all slower than float32's by this factor.

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import keras
 import tensorflow as tf
 
-from tfhalf import compilation, kernels, precision, workload
+from tfhalf import compilation, kernels, precision, taps, workload
 
 _FLOATS = ("float32", *precision.HALF_DTYPES)
 # They hand on the memory that they were given.
@@ -58,10 +58,9 @@ def footprint(model: keras.Model, batch: tuple, training: bool) -> Footprint:
 
     def step(x, y, sample_weight):
         if not training:
-            return keras.tree.flatten(model(x, training=False))
+            return keras.tree.flatten(taps.inferred(model, x))
         with tf.GradientTape() as tape:
-            predicted = model(x, training=True)
-            loss = model.compute_loss(x=x, y=y, y_pred=predicted, sample_weight=sample_weight, training=True)
+            _, loss = taps.predicted(model, x, y, sample_weight)
         first_backward.append(len(tf.compat.v1.get_default_graph().get_operations()))
         variables = [weight.value for weight in model.trainable_variables]
         return [gradient for gradient in tape.gradient(loss, variables) if gradient is not None]
@@ -72,9 +71,9 @@ def footprint(model: keras.Model, batch: tuple, training: bool) -> Footprint:
     operations = graph.get_operations()
     forward = operations[: first_backward[0]] if training else operations
     backward = operations[len(forward) :]
-    held = _variables_bytes(model.weights)
+    held = variables_bytes(model.weights)
     if training:
-        held += _variables_bytes(model.trainable_variables) + _variables_bytes(model.optimizer.variables)
+        held += variables_bytes(model.trainable_variables) + variables_bytes(model.optimizer.variables)
     written = [operation for operation in operations if operation.type not in (*_SOURCES, *_ALIASES)]
     total = sum(map(_written, written))
     casts = sum(_written(operation) for operation in written if _is_half_cast(operation))
@@ -116,7 +115,8 @@ def _is_half_cast(operation: tf.Operation) -> bool:
     return set(dtypes) <= set(_FLOATS) and dtypes[0] != dtypes[1]
 
 
-def _variables_bytes(variables: Iterable[keras.Variable]) -> int:
+def variables_bytes(variables: Iterable[keras.Variable]) -> int:
+    """Returns the bytes that variables hold."""
     return sum(math.prod(variable.shape) * tf.as_dtype(variable.dtype).size for variable in variables)
 
 

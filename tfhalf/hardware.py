@@ -26,8 +26,9 @@ import numpy as np
 import tensorflow as tf
 
 from tfhalf import kernels, processor
+from tfhalf.precision import HALF_DTYPES
 
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", *HALF_DTYPES)
 PRODUCT, CONVOLUTION, FILTER_GRADIENT, MEMORY = "matrix product", "3x3 convolution", "its filter gradient", "memory"
 STOCK, OURS = "TensorFlow", "tfhalf"
 # Compute capabilities from which tensor cores multiply a dtype.
@@ -106,7 +107,7 @@ class Hardware:
     def native(self) -> dict[str, str]:
         """Half dtype to what multiplies it here, in plain words; "" where nothing is known to."""
         told = {}
-        for dtype in DTYPES[1:]:
+        for dtype in HALF_DTYPES:
             units = [one.name for one in self.accelerators if one.multiplies(dtype)]
             told[dtype] = ", ".join(units if self.accelerators else self.processor.multiplies(dtype))
         return told
@@ -165,7 +166,7 @@ def inspect_hardware(seconds: float = 5.0) -> Hardware:
 def advise(found: Hardware) -> list[str]:
     """Returns what follows for half precision, in plain words."""
     lines = [_about_accelerator(one) for one in found.accelerators] or _about_processor(found)
-    for dtype in DTYPES[1:]:
+    for dtype in HALF_DTYPES:
         told = []
         for operation in (PRODUCT, CONVOLUTION, FILTER_GRADIENT):
             half, full = found.rate(operation, dtype, OURS), found.rate(operation, "float32", STOCK)
@@ -196,8 +197,8 @@ def _about_accelerator(one: Accelerator) -> str:
 
 def _about_processor(found: Hardware) -> list[str]:
     cpu, lines = found.processor, []
-    native = [dtype for dtype in DTYPES[1:] if cpu.multiplies(dtype)]
-    reached = [dtype for dtype in DTYPES[1:] if _is_faster(found, dtype)]
+    native = [dtype for dtype in HALF_DTYPES if cpu.multiplies(dtype)]
+    reached = [dtype for dtype in HALF_DTYPES if _is_faster(found, dtype)]
     if not native and not reached:
         converts = " (it converts float16 in hardware, F16C)" if "f16c" in cpu.instructions else ""
         lines.append(

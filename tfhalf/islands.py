@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -50,7 +51,7 @@ class LayerCost:
 
     Attributes:
         path: as in `precision.layers_by_path`.
-        forward, backward: as in `sensitivity.Sensitivity`.
+        forward, backward, rank: as in `sensitivity.Sensitivity`.
         multiply_adds, parameters: of the layer and what is inside it, for the batch that was measured.
         is_island: whether the plan keeps it in float32.
     """
@@ -58,6 +59,7 @@ class LayerCost:
     path: str
     forward: float
     backward: float
+    rank: float
     multiply_adds: int
     parameters: int
     is_island: bool
@@ -131,21 +133,12 @@ class Search:
             axis.plot(places[finite], np.maximum(errors[finite], 1e-7), ".", c=color, label=phase)
             axis.plot(places[~finite], np.full(np.sum(~finite), 10.0), "^", c=color)
             axis.axhline(most, color=color, linewidth=0.8, linestyle="--")
-        for place in places[[one.is_island for one in self.layers]]:
-            first = place == self._first_island
-            axis.axvspan(
-                place - 0.5, place + 0.5, color="tab:red", alpha=0.2, label="float32 island" if first else None
-            )
-        axis.set_yscale("log")
         axis.set_ylabel("relative error of the layer alone in half")
-        axis.set_xlabel("layers in order; triangle: overflow; dashed: what a whole model may lose")
-        axis.set_xticks(places, [one.path[-32:] for one in self.layers], rotation=90, fontsize=6)
-        axis.legend(fontsize=8)
+        axis.set_xlabel(
+            "layers in order; red: float32 islands; triangle: overflow; dashed: what a whole model may lose"
+        )
+        mark_layers(axis, [one.path for one in self.layers], self.islands)
         return reporting.png(figure)
-
-    @property
-    def _first_island(self) -> int:
-        return next(index for index, one in enumerate(self.layers) if one.is_island)
 
     def __str__(self) -> str:
         number = len(self.islands)
@@ -170,7 +163,7 @@ class Search:
         # The islands, then what loses most.
         order = sorted(
             range(len(self.layers)),
-            key=lambda index: (not self.layers[index].is_island, -_worst(self.layers[index]), index),
+            key=lambda index: (not self.layers[index].is_island, -self.layers[index].rank, index),
         )
         shown = [self.layers[index] for index in sorted(order[: twins.MOST_ROWS])]
         width, total = max(len(one.path) for one in shown), sum(one.multiply_adds for one in self._outer)
@@ -186,5 +179,11 @@ class Search:
         return lines
 
 
-def _worst(one: LayerCost) -> float:
-    return max(one.forward / twins.TOLERANCE, one.backward / twins.TOLERANCE**0.5)
+def mark_layers(axis, paths: Sequence[str], islands: Sequence[str]) -> None:
+    """Names the layers along an axis of matplotlib, on a logarithmic scale, and marks the islands in red."""
+    for place, path in enumerate(paths):
+        if path in islands:
+            axis.axvspan(place - 0.5, place + 0.5, color="tab:red", alpha=0.2)
+    axis.set_yscale("log")
+    axis.set_xticks(range(len(paths)), [path[-32:] for path in paths], rotation=90, fontsize=6)
+    axis.legend(fontsize=8)

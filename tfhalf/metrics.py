@@ -85,13 +85,8 @@ class Score:
     def _forward(self, data):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         with keras.StatelessScope(collect_losses=True):
-            y_pred = predicted(self._model, x)
+            y_pred = taps.inferred(self._model, x)
             if self._metric != "loss":
                 return y_pred, tf.zeros([])
             loss = self._model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=False)
             return y_pred, precision.at_least_float32(tf.convert_to_tensor(loss))
-
-
-def predicted(model: keras.Model, x):
-    """Returns what a model puts out in inference, in the graph."""
-    return model(x, training=False) if taps.asks_for_training(model) else model(x)

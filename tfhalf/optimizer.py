@@ -30,6 +30,8 @@ import tensorflow as tf
 
 from tfhalf import precision
 
+# Powers of 2 that the loss scale stays between, and starts at. Below 2^-14 float16 is subnormal; 2^15 is Keras' start.
+LOWEST_EXPONENT, FIRST_EXPONENT, HIGHEST_EXPONENT = -14, 15, 24
 _STRATEGIES = (
     tf.distribute.MirroredStrategy,
     tf.distribute.MultiWorkerMirroredStrategy,
@@ -90,10 +92,10 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def __init__(
         self,
         inner_optimizer,
-        initial_scale=2.0**15,
+        initial_scale=2.0**FIRST_EXPONENT,
         dynamic_growth_steps=2000,
-        min_scale=2.0**-14,
-        max_scale=2.0**24,
+        min_scale=2.0**LOWEST_EXPONENT,
+        max_scale=2.0**HIGHEST_EXPONENT,
         gradient_accumulation_steps=1,
         max_consecutive_skips=50,
         name=None,

@@ -26,6 +26,8 @@ import tensorflow as tf
 from keras.dtype_policies import DTypePolicyMap
 
 HALF_DTYPES = ("float16", "bfloat16")
+# What a model is built under: float32 everywhere, or half computation over float32 variables.
+POLICIES = ("float32", *(f"mixed_{dtype}" for dtype in HALF_DTYPES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +224,7 @@ class PrecisionPlan:
     @property
     def needs_loss_scaling(self) -> bool:
         """Whether the plan lets any layer compute in float16."""
-        return "mixed_float16" in {self.default, *self.layers.values()}
+        return policy_of("float16") in {self.default, *self.layers.values()}
 
     @property
     def computes_in_half(self) -> bool:
@@ -265,6 +267,16 @@ class PrecisionPlan:
             raise ValueError(f"PrecisionPlan: {path} isn't JSON: {error}") from error
 
 
+def policy_of(dtype: str) -> str:
+    """Returns the policy that computes in a dtype and stores in float32: of "float16" it is "mixed_float16"."""
+    return f"mixed_{dtype}" if dtype in HALF_DTYPES else dtype
+
+
+def dtype_of(policy: str) -> str:
+    """Returns the dtype that one of `POLICIES` computes in: the inverse of `policy_of`."""
+    return policy.removeprefix("mixed_")
+
+
 @contextlib.contextmanager
 def keeping_policies(model: keras.Model) -> Iterator[None]:
     """Gives a model and its layers their own policies back when the block ends, whatever was set in it."""
@@ -286,7 +298,7 @@ def computing_in(model: keras.Model, dtype: str) -> Iterator[None]:
         model: a built model.
         dtype: "float32", "float16" or "bfloat16".
     """
-    policy = dtype if dtype == "float32" else f"mixed_{dtype}"
+    policy = policy_of(dtype)
     with keeping_policies(model):
         for layer in [model, *layers_by_path(model).values()]:
             if layer.compute_dtype in HALF_DTYPES:

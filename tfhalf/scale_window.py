@@ -18,10 +18,10 @@ import tensorflow as tf
 from matplotlib import colors
 from matplotlib.figure import Figure
 
-from tfhalf import compilation, exponents, precision, reporting, taps, twins
+from tfhalf import compilation, exponents, optimizer, precision, reporting, taps, twins
 
 # The bounds of `tfhalf.LossScaleOptimizer`.
-SCALES = tuple(2.0**exponent for exponent in range(-14, 25))
+SCALES = tuple(2.0**exponent for exponent in range(optimizer.LOWEST_EXPONENT, optimizer.HIGHEST_EXPONENT + 1))
 # float16's unit roundoff: what is lost then is no more than what rounding loses anyway.
 ROUNDOFF = 2.0**-11
 _HEADROOM, _NARROW_BITS, _GROWTH_STEPS, _SLOW_GROWTH_STEPS = 4.0, 4, 1000, 2000

@@ -28,11 +28,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfhalf import compilation, metrics, precision, sensitivity, taps, twins, workload
+from tfhalf import compilation, metrics, optimizer, precision, sensitivity, taps, twins, workload
 from tfhalf.islands import LayerCost, Search, Trial
 
-# The bounds of `tfhalf.LossScaleOptimizer`, and where it starts.
-_SCALES, _FIRST_SCALE = range(-14, 25), 15
 GRADIENT_TOLERANCE = twins.TOLERANCE**0.5
 MOST_EVALUATIONS = 100
 
@@ -147,7 +145,10 @@ def find_islands(
         costs = _costs(model, batches[0])
         islands, is_minimal = ([], True) if half.within else _search(model, trials, found, costs)
         seconds = trials.seconds(islands, rounds) if rounds else {}
-    rows = [LayerCost(path, found[path].forward, found[path].backward, *costs[path], path in islands) for path in found]
+    rows = [
+        LayerCost(path, one.forward, one.backward, one.rank, *costs[path], path in islands)
+        for path, one in found.items()
+    ]
     return Search(
         trials.plan(islands), trials.name, tolerance, gradient_tolerance, trials.reference, half, trials.of(islands),
         rows, trials.count, is_minimal, seconds,
@@ -246,7 +247,7 @@ class _Trials:
     """Runs a model with some islands, and remembers what came out."""
 
     def __init__(self, model, batches, metric, tolerance, gradient_tolerance, most, report):
-        self._default = f"mixed_{_half_dtype(model)}"
+        self._default = precision.policy_of(_half_dtype(model))
         self._model, self._batches, self._metric = model, batches, metrics.Score(model, batches, metric)
         self.name = self._metric.name
         self._tolerance, self._gradient_tolerance = tolerance, gradient_tolerance
@@ -254,7 +255,7 @@ class _Trials:
         self._owners = taps.own_weights(model) if getattr(model, "compiled", False) else {}
         self._weights = [weight for own in self._owners.values() for weight in own]
         self._done: dict[frozenset, Trial] = {}
-        self._scale = _FIRST_SCALE
+        self._scale = optimizer.FIRST_EXPONENT
         self.count = 0
         with twins.without_randomness(model), compilation.activities_in_float32(model):
             self._true, self.reference = self._in_float32()
@@ -266,7 +267,7 @@ class _Trials:
             if self._weights:
                 return twins.gradients(self._model, self._weights, data, 2.0**self._scale)
             x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-            return metrics.predicted(self._model, x)
+            return taps.inferred(self._model, x)
 
         functions = {}
         for name, some in ({"half": []} | ({"plan": islands} if islands else {})).items():
@@ -338,8 +339,9 @@ class _Trials:
     def _with_gradients(self, trial: Trial) -> Trial:
         """Looks for a loss scale at which all gradients are within tolerance: down from overflow, up from underflow."""
         errors = twins.traced(self._errors, self._batches, [tf.ones([])], self._true)
-        scaled = self._default == "mixed_float16"
-        low, high, exponent = (_SCALES[0], _SCALES[-1], self._scale) if scaled else (0, 0, 0)
+        scaled = self.plan(()).needs_loss_scaling
+        bounds = (optimizer.LOWEST_EXPONENT, optimizer.HIGHEST_EXPONENT, self._scale)
+        low, high, exponent = bounds if scaled else (0, 0, 0)
         while True:
             rows = []
             for data, true in zip(self._batches, self._true, strict=True):

@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 import keras
 import tensorflow as tf
 
-from tfhalf import compilation, precision, taps, twins
+from tfhalf import compilation, optimizer, precision, taps, twins
 
 # Of one layer that is called again and again; the worst counts.
 _MOST_CALLS = 4
 # The largest gradient is brought to 2^14, which leaves 2 bits to float16's end.
 _TOP = 14.0
-_LOWEST_SCALE, _HIGHEST_SCALE = -14.0, 24.0  # the bounds of `tfhalf.LossScaleOptimizer`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +206,7 @@ def _scale(gradients: list[list]) -> tf.Tensor:
         return tf.ones([])
     largest = tf.reduce_max(tf.stack([tf.reduce_max(tf.abs(tensor)) for tensor in tensors]))
     exponent = _TOP - tf.math.ceil(tf.math.log(tf.maximum(largest, 1e-30)) / tf.math.log(2.0))
-    return 2.0 ** tf.clip_by_value(exponent, _LOWEST_SCALE, _HIGHEST_SCALE)
+    return 2.0 ** tf.clip_by_value(exponent, float(optimizer.LOWEST_EXPONENT), float(optimizer.HIGHEST_EXPONENT))
 
 
 def relative_error(half: Sequence[tf.Tensor], true: Sequence[tf.Tensor]) -> tf.Tensor:

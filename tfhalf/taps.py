@@ -164,10 +164,15 @@ def replay(model: keras.Model, data, *, scale, states: Sequence[tuple[keras.Vari
 def predicted(model: keras.Model, x, y, sample_weight) -> tuple:
     """Returns what a training step of Keras predicts, and its loss, at least float32; `training` goes where it is
     asked for, as in Keras."""
-    y_pred = model(x, training=True) if asks_for_training(model) else model(x)
+    y_pred = model(x, training=True) if _asks_for_training(model) else model(x)
     training = {"training": True} if "training" in inspect.signature(model.compute_loss).parameters else {}
     loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, **training)
     return y_pred, precision.at_least_float32(tf.convert_to_tensor(loss))
+
+
+def inferred(model: keras.Model, x):
+    """Returns what a model puts out in inference."""
+    return model(x, training=False) if _asks_for_training(model) else model(x)
 
 
 def forward(model: keras.Model, data) -> Pass:
@@ -179,7 +184,7 @@ def forward(model: keras.Model, data) -> Pass:
     """
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
     with watched(model) as events, keras.StatelessScope():
-        y_pred = model(x, training=False) if asks_for_training(model) else model(x)
+        y_pred = inferred(model, x)
     events.append(Event("", "", "predict", _floats(y_pred)))
     return Pass(events, [[] for _ in events], None, {}, {})
 
@@ -192,11 +197,6 @@ def own_weights(model: keras.Model) -> dict[str, list[keras.Variable]]:
         found[path] = [variable for variable in layer.trainable_variables if id(variable) in left]
         left -= {id(variable) for variable in found[path]}
     return {path: found[path] for path in layers if found[path]}
-
-
-def asks_for_training(model: keras.Model) -> bool:
-    """Returns whether a model's call has an argument `training`."""
-    return "training" in inspect.signature(type(model).call).parameters
 
 
 def only_holds(layer: keras.Layer) -> bool:
@@ -254,6 +254,10 @@ def _backward_places(watched_pass: Pass) -> list[Place]:
 def _of_weights(path: str, watched_pass: Pass) -> Place:
     gradients = watched_pass.weight_gradients.get(path, [])
     return Place(path or MODEL, "backward", "the gradient of its weights", gradients)
+
+
+def _asks_for_training(model: keras.Model) -> bool:
+    return "training" in inspect.signature(type(model).call).parameters
 
 
 def _before_cast(tensor: tf.Tensor) -> tf.Tensor:

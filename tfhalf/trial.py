@@ -12,7 +12,6 @@ skipped; the others go on. The input pipeline is timed alone, from the second ba
 import dataclasses
 import gc
 import itertools
-import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +20,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfhalf.footprint import Footprint, footprint
+from tfhalf.footprint import Footprint, footprint, variables_bytes
 from tfhalf.optimizer import LossScaleOptimizer
 
 Batch = tuple  # (x, y, sample weight), of tensors or None
@@ -241,4 +240,4 @@ def _require_memory(trial: Trial, limit: int | None) -> None:
 
 def _weights_bytes(model: keras.Model) -> int:
     variables = {id(v): v for v in [*model.variables, *getattr(getattr(model, "optimizer", None), "variables", ())]}
-    return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables.values())
+    return variables_bytes(variables.values())

@@ -36,6 +36,20 @@ def test_decisions_are_texts_and_numbers_or_else_the_likeliest_class():
     assert inference_parity._decisions({"waveform": np.zeros([1, 4], "float32")}) == []
 
 
+@pytest.mark.parametrize(
+    ("difference", "agreement", "one_example", "alike"),
+    [
+        (0.661 - 0.660, 0.5, 0.001, True),  # one of a thousand, whatever else changed sides
+        (-0.0011, 1.0, 0.0001, False),
+        (0.0, 0.997, 0.01, False),  # as many right as before, but others
+        (0.01, 0.999, 0.01, True),
+        (0.01, None, 0.01, False),  # there are no decisions to go by
+    ],
+)
+def test_margin_decides_unless_an_example_is_worth_more(difference, agreement, one_example, alike):
+    assert inference_parity.is_alike(difference, 0.001, agreement, one_example) == alike
+
+
 @pytest.fixture
 def task(samples):
     """A task whose bundle is the shared one: it tells the class of six pictures, as the model in float32 does."""
@@ -72,6 +86,42 @@ def test_each_signature_is_scored_beside_float32_computed_from_the_same_files(ta
         seen = np.asarray(tfhalf.load_saved_model(copy, one.name)({"picture": samples})["logits"]).argmax(-1)
         assert one.scores["correct"] == np.sum(seen == reference)
         assert one.difference == one.scores["accuracy"] - 1.0
+        assert one.agreement is None  # what it puts out are logits: nothing is decided
+        assert one.equivalent == (one.scores["correct"] == 6)
+
+
+def test_differences_are_from_float32_and_settings_are_those_of_the_run(task, copy, samples):
+    """A metric that no two dtypes agree on, and a task that is chosen, whose default the run didn't keep."""
+
+    def score(call, data):
+        return {"sum": float(sum(np.asarray(call(**inputs)["logits"], "float64").sum() for inputs, _ in data.test))}
+
+    seen = []
+
+    def load_data(options):
+        seen.append((options.batch_size, options.seed))
+        return task.load_data(options)
+
+    inner = dataclasses.replace(
+        task, score=score, metric="sum", load_data=load_data, defaults={"batch_size": 1, "seed": 1}
+    )
+    outer = dataclasses.replace(inner, choose=lambda options: inner)
+    path = copy / "assets.extra" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    about = {"plan": {"default": "mixed_float16", "layers": {}}, "flags": {"batch_size": 5, "seed": 5}}
+    manifest["metadata"] |= about | {"metrics": {"trained": {"sum": 0.0}}}
+    test_manifest.rewrite(copy, json.dumps(manifest).encode())
+    options = types.SimpleNamespace(seed=9, steps_per_epoch=None, labels=[], batch_size=9, dataset="x", given={"seed"})
+    found = inference_parity.compare(outer, options, copy)
+    assert seen == [(5, 9)]  # of the run where it isn't given
+    data = task.load_data(options)  # the same batches: sums of others are rounded otherwise
+    sums = {}
+    for name in ("serving_float32", "serving_default", "serving_bfloat16"):
+        served = tfhalf.load_saved_model(copy, name)
+        sums[name] = score(lambda served=served, **inputs: served(inputs), data)
+    assert found.margin == pytest.approx(0.01 * abs(sums["serving_float32"]["sum"]))
+    for one in found.signatures:
+        assert one.difference == sums[one.name]["sum"] - sums["serving_float32"]["sum"] != 0
 
 
 def test_bundle_of_another_task_is_refused(bundle):

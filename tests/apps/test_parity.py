@@ -62,7 +62,7 @@ def test_runs_are_the_apps_own_command_lines_and_twins_differ_by_the_policy_only
         "--seeds=3", "--pilot_seeds=2", "--initial_scale=1024", f"--output={tmp_path}", "--weight_decay=0.01"
     )
     assert [run.seed for run in study.runs] == [1000, 1001, 0, 0, 1, 1, 2, 2]
-    assert [run.policy for run in study.runs[2:4]] == ["float32", "mixed_float16"]
+    assert study.runs[2:4] == [study.float32[0], study.halves[0]]
     for true, half in zip(study.float32, study.halves, strict=True):
         assert true.command[1:3] == ["-m", "apps.image.classification"]
         assert own_flags(true) - own_flags(half) == {"--dtype_policy=float32", f"--workdir={true.folder}"}
@@ -73,7 +73,16 @@ def test_runs_are_the_apps_own_command_lines_and_twins_differ_by_the_policy_only
         values = flags.FlagValues()
         names = runner.define_flags(any_app.task_of("image.classification"), values)
         values(["app", *run.command[3:]])
-        assert runner.options_of(values, names).plan.default == run.policy
+        assert runner.options_of(values, names).plan.default == ("mixed_float16" if run in study.halves else "float32")
+
+
+def test_runs_of_other_scaling_are_other_runs(tmp_path):
+    plain, scaled, more = (
+        planned(f"--output={tmp_path}", *flags) for flags in ([], ["--initial_scale=8"], ["--initial_scale=16"])
+    )
+    assert plain.half == "mixed_float16"
+    assert len({study.halves[0].folder for study in (plain, scaled, more)}) == 3
+    assert len({study.float32[0].folder for study in (plain, scaled, more)}) == 1
 
 
 def test_given_flags_come_before_the_short_ones_and_noshort_leaves_them_out():
@@ -163,6 +172,20 @@ def test_runs_of_other_flags_are_not_mixed(tmp_path):
     judged(tmp_path, 0.9 + SCATTER)
     with pytest.raises(runner.AppError, match=r"holds runs of other flags .*--epochs=6.*choose another folder"):
         judged(tmp_path, 0.9 + SCATTER, "--epochs=9")
+
+
+def test_folders_that_cannot_be_used_are_one_clear_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(runner.AppError, match=r"file/x/settings.json can't be read .*; choose another --output"):
+        parity.run(*parsed("--app=image.classification", f"--output={tmp_path}/file/x"))
+    with pytest.raises(runner.AppError, match=r"--output=/proc/x: .*; choose another folder"):
+        parity.run(*parsed("--app=image.classification", "--output=/proc/x"))
+    for name in ("settings.json", "margins.json"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("{")
+        with pytest.raises(runner.AppError, match=rf"{name} can't be read .*; choose another --output"):
+            judged(folder, 0.9 + SCATTER)
 
 
 def test_pilots_that_are_all_the_same_or_fail_are_told(tmp_path):
