@@ -66,6 +66,7 @@ def test_process_that_dies_is_told(files):
         np.testing.assert_array_equal(runtime.outputs["some"]["y"], X * 2)
         np.testing.assert_array_equal(runtime.outputs["one"]["y"], X[:1] * 2)
         process.kill()
+        process.wait()
         with pytest.raises(bundles.ExportError, match="ended by signal 9"):
             runtime.seconds(1)
     with latency.Runtime("onnx", files / "2.onnx", {"some": {"x": X}}) as runtime:

@@ -44,7 +44,7 @@ def test_blocks_and_what_is_inside_them():
     with tfhalf.PrecisionPlan().scope():
         inputs = keras.Input([5, 8])
         x = keras.layers.MultiHeadAttention(2, 4, name="attention")(inputs, inputs)
-        x = keras.layers.Bidirectional(keras.layers.LSTM(3), name="both")(x)
+        x = keras.layers.Bidirectional(keras.layers.LSTM(3, name="lstm"), name="both")(x)
         inner = keras.Sequential([keras.Input([6]), keras.layers.Dense(4, name="dense")], name="inner")
         model = keras.Model(inputs, keras.layers.Dense(2, dtype="float32", name="head")(inner(x)))
     assert sensitivity.half_layers(model) == ["attention", "both", "inner/dense"]

@@ -9,6 +9,7 @@ What a fresh process answers is also what a converted file is judged by, before 
 import contextlib
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -119,8 +120,7 @@ class Runtime:
             ExportError: it can't.
         """
         try:
-            self._process.stdin.write(f"{batch}\n")
-            self._process.stdin.flush()
+            os.write(self._process.stdin.fileno(), f"{batch}\n".encode())  # nothing is left to be flushed at the end
         except OSError as error:
             raise self._error() from error
         return self._answer()
