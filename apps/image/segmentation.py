@@ -300,7 +300,7 @@ TASK = runner.Task(
     describe=describe,
     show=show,
     conclude=conclude,
-    short={"image_size": 64, "epochs": 4, "steps_per_epoch": 100},
+    short={"image_size": 64, "epochs": 5},
 )
 
 if __name__ == "__main__":

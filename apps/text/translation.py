@@ -353,7 +353,7 @@ TASK = runner.Task(
     describe=describe,
     show=show,
     conclude=conclude,
-    short={"width": 64, "depth": 1, "epochs": 3, "steps_per_epoch": 300, "beam_size": 1},
+    short={"width": 64, "depth": 1, "epochs": 3, "steps_per_epoch": 200, "beam_size": 1},
 )
 
 if __name__ == "__main__":
