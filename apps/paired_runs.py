@@ -49,6 +49,7 @@ class Result:
         reason: why it did; else "".
         epochs: metrics of each epoch.
         peak_memory_bytes: largest resident set of its process; 0 where the run became non-finite.
+        ended: when its scores were written, seconds since 1970; 0 where the run became non-finite.
     """
 
     run: Run
@@ -56,6 +57,13 @@ class Result:
     reason: str
     epochs: list[dict[str, float]]
     peak_memory_bytes: int
+    ended: float = 0.0
+
+    def is_beside(self, other: "Result") -> bool:
+        """Whether the two trained at the same time, most of it: only then their times can be compared."""
+        lengths = [sum(epoch["seconds"] for epoch in one.epochs) for one in (self, other)]
+        starts = [one.ended - length for one, length in zip((self, other), lengths, strict=True)]
+        return min(self.ended, other.ended) - max(starts) > min(lengths) / 2
 
     @property
     def epoch_seconds(self) -> float:
@@ -94,7 +102,8 @@ def result(run: Run) -> Result | None:
         results = value["results"]
         if not results:
             return None
-        return Result(run, results["scores"]["trained"], "", value["epochs"], results["peak_memory_bytes"])
+        ended = metrics.stat().st_mtime
+        return Result(run, results["scores"]["trained"], "", value["epochs"], results["peak_memory_bytes"], ended)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise runner.AppError(f"{metrics} can't be read ({error!r}); remove {run.folder}") from error
 

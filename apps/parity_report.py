@@ -83,8 +83,11 @@ class Report:
 
     @property
     def speed(self) -> tuple[float, float, float]:
-        """Seconds an epoch, half divided by float32, within pairs: median, lowest, highest; NaN where unknown."""
-        ratios = [half.epoch_seconds / true.epoch_seconds for true, half in self._whole]
+        """Seconds an epoch, half divided by float32, within pairs: median, lowest, highest; NaN where unknown.
+
+        Of pairs that were made beside each other: a machine isn't the same at another time.
+        """
+        ratios = [half.epoch_seconds / true.epoch_seconds for true, half in self._whole if half.is_beside(true)]
         return (float(np.median(ratios)), min(ratios), max(ratios)) if ratios else (math.nan,) * 3
 
     @property
@@ -111,12 +114,14 @@ class Report:
     def summary(self) -> str:
         """Returns what matters in a few lines."""
         median, low, high = self.speed
+        time = f"an epoch takes {median:.3f} times as long ({low:.3f} to {high:.3f})"
+        if np.isnan(median):
+            time = "times can't be compared"
         return "\n".join(
             [
                 f"{self.app}, {self.half} against float32, {self.metric}:",
                 f"  {self.verdicts[self.metric]}",
-                f"  an epoch takes {median:.3f} times as long ({low:.3f} to {high:.3f}), memory {self.memory:.3f}, "
-                f"{self.skipped_steps} steps skipped in all",
+                f"  {time}, memory {self.memory:.3f}, {self.skipped_steps} steps skipped in all",
             ]
         )
 
@@ -144,6 +149,12 @@ class Report:
             picture: name of the file beside it that `pictures` draws, as "mixed_float16.png".
         """
         verdict, (median, low, high) = self.verdicts[self.metric], self.speed
+        time = (
+            f"An epoch in half takes {median:.3f} times as long as in float32 (median within pairs, {low:.3f} to "
+            f"{high:.3f}; of twins that were made beside each other, each on its share of the cores)."
+        )
+        if np.isnan(median):
+            time = "Times can't be compared: no twins of several epochs were made beside each other."
         stated = f"stated {self.margins['stated']}, before the runs that are judged: {self.margins['source']}"
         parts = [
             f"# {self.app}: {self.half} against float32",
@@ -153,9 +164,8 @@ class Report:
             "Equivalent: the 90% interval lies within the margins (two one-sided tests at 5%); different: outside of "
             "them; else undecided. The verdict is the first metric's; the others are there to be seen, and several "
             "tests find more by chance than one.",
-            f"An epoch in half takes {median:.3f} times as long as in float32 (median within pairs, {low:.3f} to "
-            f"{high:.3f}; twins were made beside each other, each on its share of the cores), its process has "
-            f"{self.memory:.3f} times the memory; {self.skipped_steps} steps were skipped in all.",
+            f"{time} The process in half has {self.memory:.3f} times the memory; {self.skipped_steps} steps were "
+            "skipped in all.",
             f"![differences by seed, and curves]({picture})",
             self._runs(),
         ]

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,29 +60,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (item.path in waiting, -slow[item.path]))
 
 
+def _once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder for all workers: the first one makes what is in it, the others wait."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "made").exists():
+            make(folder)
+            (folder / "made").touch()
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _fetching(request, tmp_path_factory) -> Iterator[Future | None]:
     """The folder of the data sets, some time; nothing is fetched where no test needs it."""
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # one for all workers; the first one fetches, the others wait
-        base = base.parent
-
-    def fetch() -> str:
-        folder = base / "data"
-        folder.mkdir(exist_ok=True)
-        with open(folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            _fetch(folder)
-        return str(folder)
-
     with ThreadPoolExecutor(1) as thread:
-        yield thread.submit(fetch) if any(map(_needs_data, request.session.items)) else None
+        needed = any(map(_needs_data, request.session.items))
+        yield thread.submit(_once, tmp_path_factory, "data", _fetch) if needed else None
 
 
 @pytest.fixture(scope="session")
 def data_dir(_fetching) -> str:
     """TFDS's folder with the apps' real default sets, fetched by the program that users run."""
-    return _fetching.result()
+    return str(_fetching.result())
 
 
 def _fetch(folder: Path) -> None:
@@ -97,12 +99,16 @@ def _fetch(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, data_dir):
     """A short run of the real command line in mixed_float16: (arguments, its folder, what it printed)."""
-    folder = tmp_path_factory.mktemp("trained")
     arguments = ["apps.image.classification", f"--data_dir={data_dir}", "--epochs=2", "--steps_per_epoch=40"]
     arguments += ["--batch_size=48", "--seed=3"]
-    result = run_module(*arguments, f"--workdir={folder}/run", f"--saved_model_dir={folder}/saved_models")
-    assert result.returncode == 0, result.stderr
-    return arguments, folder, result.stdout
+
+    def train(folder: Path) -> None:
+        result = run_module(*arguments, f"--workdir={folder}/run", f"--saved_model_dir={folder}/saved_models")
+        assert result.returncode == 0, result.stderr
+        (folder / "printed").write_text(result.stdout)
+
+    folder = _once(tmp_path_factory, "trained", train)
+    return arguments, folder, (folder / "printed").read_text()
 
 
 @pytest.fixture(scope="session")

@@ -292,7 +292,7 @@ def case_resume(strategy: tf.distribute.Strategy, every: bool) -> dict:
 
 def case_monitor(strategy: tf.distribute.Strategy, every: bool) -> dict:
     """Overflows planted in one replica's part of a batch; with `every` also the weights without the monitor."""
-    random, trials, num_trials = np.random.default_rng(0), [], 20 if every else 6
+    random, trials, num_trials = np.random.default_rng(0), [], 20 if every else 4
     num = strategy.num_replicas_in_sync
 
     def build():

@@ -53,7 +53,8 @@ class Weighted(keras.losses.Loss):
         return tf.reduce_mean((y_true - y_pred) ** 2, -1) * self.factor
 
 
-def test_hundred_planted_overflows_are_put_down_to_the_right_layer(tmp_path):
+@pytest.mark.parametrize("num_steps", [25, pytest.param(400, marks=pytest.mark.soak)])
+def test_planted_overflows_are_put_down_to_the_right_layer(num_steps, tmp_path):
     model, plants = planted.build(depth=4)
     loss = Weighted()
     settings = {"initial_scale": 2.0**10, "min_scale": 2.0**10, "max_consecutive_skips": 1000}
@@ -64,7 +65,7 @@ def test_hundred_planted_overflows_are_put_down_to_the_right_layer(tmp_path):
     monitor = Monitor(tmp_path, every=1000)
     monitor.set_model(model)
     expected = []
-    for _ in range(100):
+    for _ in range(num_steps):
         kind, path = random.choice(["forward", "backward", "loss"]), random.choice(sorted(plants))
         if kind == "loss":
             loss.factor.assign(np.inf)
@@ -75,11 +76,11 @@ def test_hundred_planted_overflows_are_put_down_to_the_right_layer(tmp_path):
         model.train_on_batch(x, y)
         loss.factor.assign(1.0)
         plants[path].plant(None)
-    assert model.optimizer.steps_skipped == 100
+    assert model.optimizer.steps_skipped == num_steps
     monitor.close()
     found = records(monitor, "skipped")
     assert [(each["layer"], each["phase"], each["loss_is_finite"]) for each in found] == expected
-    assert [each["step"] for each in found] == list(range(1, 101))
+    assert [each["step"] for each in found] == list(range(1, num_steps + 1))
     assert {each["batch"] for each in found} == {recorder.fingerprint((x, y))}
     assert {each["scale"] for each in found} == {2.0**10}
     before = [each["range_before"] for each in found if each["layer"] != "(loss)"]

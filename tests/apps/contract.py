@@ -38,11 +38,10 @@ SMALLER = {
 # What tests of their own export in mixed_float16, with what it decides; here it takes soak.
 _EXPORTED_ELSEWHERE = {
     "apps.image.classification",  # conftest.trained
-    "apps.text.sentiment",
     "apps.text.translation",
     "apps.audio.recognition",
 }
-_FEW = {"audio": 100}  # speech takes longest; else 300
+_FEW = {"audio": 50}  # speech takes longest; else 300
 POLICIES = {"float32": {"float32"}, "mixed_float16": {"float16", "float32"}, "mixed_bfloat16": {"bfloat16", "float32"}}
 # The others take three times as long again; test_acceleration.py compares each layer's kernel with Keras.
 IN_POLICIES = pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Numbers of a report, by hand; pages that stand alone."""
 
 import base64
+import dataclasses
 import html.parser
 import json
 import math
@@ -43,6 +44,19 @@ def test_speed_memory_and_skipped_steps_by_hand():
     assert made.skipped_steps == 3
     assert made.means("accuracy") == ["0.9000 ± 0.0000", "0.9000 ± 0.0100"]
     assert set(made.verdicts) == {"accuracy", "loss"}  # what has no margin has no verdict
+
+
+def test_times_of_twins_that_ran_at_other_times_are_not_compared():
+    pairs = [(result("float32", seed, 0.9, 2.0, 1.0), result("mixed_float16", seed, 0.9, 1.0, 1.0)) for seed in (0, 1)]
+    pairs[0] = (pairs[0][0], dataclasses.replace(pairs[0][1], ended=40.0))  # of 101 s, 63 s beside its twin
+    pairs[1] = (pairs[1][0], dataclasses.replace(pairs[1][1], epochs=pairs[1][1].epochs * 2, ended=160.0))  # of 202
+    arguments = ("image.some", "accuracy", "mixed_float16")
+    made = parity_report.Report.of(*arguments, pairs, MARGINS, "")
+    assert made.speed == (0.5, 0.5, 0.5)
+    made = parity_report.Report.of(*arguments, [pairs[1]] * 2, MARGINS, "")
+    assert "times can't be compared, memory 1.000" in made.summary()
+    assert "Times can't be compared" in made.to_markdown("half.png")
+    assert "nan times" not in made.to_markdown("half.png")
 
 
 def test_page_holds_all_that_was_measured():

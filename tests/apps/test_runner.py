@@ -77,15 +77,10 @@ def test_epochs_of_a_run_are_scored_again(trained, data_dir, tmp_path):
     assert int(taken[0]) == metrics["best_epoch"]
     assert taken[2:] == (f"{scores['accuracy']:.4f}", f"{scores['loss']:.4f}")
     assert rows[0][2:] != rows[1][2:]
-    for arguments, message in (
-        (["--app=apps.image.detection"], "holds a run of image_classification"),
-        (["--app=apps.image.nothing"], r"--app=apps.image.nothing is no app \(No module .*write --app="),
-        ([f"--app={APP}", f"--workdir={tmp_path}"], "holds no run of an app"),
-    ):
-        result = run_module(*program, *arguments)
-        assert result.returncode == 1
-        assert re.search(f"^error: .*{message}", result.stderr, re.MULTILINE), result.stderr
-        assert "Traceback" not in result.stderr
+    result = run_module(*program, "--app=apps.image.detection")
+    assert result.returncode == 1
+    assert re.search("^error: .*holds a run of image_classification", result.stderr, re.MULTILINE), result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_samples_are_of_one_shape_and_few_bytes():
@@ -416,8 +411,8 @@ def test_plan_that_does_not_fit_the_model_lists_its_layers(tmp_path, data_dir):
     assert runner._config(classification.TASK, options)["plan"]["layers"] == {"conv9": "float32"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("policy", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_short_run_on_two_replicas_that_accumulates(policy, data_dir, tmp_path):
     arguments = [APP, f"--dtype_policy={policy}", f"--data_dir={data_dir}", "--epochs=1", "--steps_per_epoch=54"]
     arguments += ["--distribute=mirrored", "--num_logical_devices=2", "--gradient_accumulation_steps=3", "--keep=1"]

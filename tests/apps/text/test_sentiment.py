@@ -337,7 +337,7 @@ print(json.dumps({name: tensor.numpy().tolist() for name, tensor in outputs.item
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_graded_from_the_command_line_to_a_server(data_dir, tmp_path):
     flags = [
         f"--data_dir={data_dir}",
