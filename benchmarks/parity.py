@@ -6,8 +6,8 @@ For each app the pilot runs, then float32, mixed_float16 and mixed_bfloat16 on t
 them. Each run adds its line to the last table of `--results` when it is finished, and each study its verdict to the
 table between the marks. Then the run of mixed_float16 on seed 0 is exported, and its bundle's dtypes are compared on
 the whole test part. The same command goes on where it stopped. Synthesis needs the bundle that
-`python -m apps.audio.recognition` publishes. Times stand in the runs' lines only: those of a day beside other programs
-say nothing of a policy, which is for `benchmarks.training`.
+`python -m apps.audio.recognition` publishes. Times stand in the runs' lines only: the two half policies share float32's
+runs, so most weren't made side by side. `benchmarks.training` compares times.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from benchmarks import measuring
 from tfhalf import checkpoint
 
 # Command line and number of seeds: ten where a short run takes two minutes at most on one core. Recognition learns
-# commands, since no speech recogniser learns in minutes.
+# commands: a short run of whole sentences learns too little (RESULTS.md).
 _STUDIES = [
     (["--app=image.classification"], 10),
     (["--app=text.sentiment"], 10),
@@ -58,8 +58,9 @@ _HEADS = {
         "serving_float32",
         "serving_default",
         "serving_bfloat16",
-    ]
-    + ["same decisions", "verdict"],
+        "same decisions",
+        "verdict",
+    ],
 }
 
 

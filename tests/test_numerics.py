@@ -53,7 +53,7 @@ class Weighted(keras.losses.Loss):
         return tf.reduce_mean((y_true - y_pred) ** 2, -1) * self.factor
 
 
-@pytest.mark.parametrize("num_steps", [25, pytest.param(400, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("num_steps", [25, pytest.param(100, marks=pytest.mark.soak)])
 def test_planted_overflows_are_put_down_to_the_right_layer(num_steps, tmp_path):
     model, plants = planted.build(depth=4)
     loss = Weighted()

@@ -63,6 +63,8 @@ def test_result_has_what_the_files_say(tmp_path):
     assert result.scores == {"accuracy": 0.93}
     assert result.epoch_seconds == 3.0  # of 2 and 4: the first epoch traces
     assert result.skipped_steps == 3
+    os.utime(one.folder / "metrics.json", (0, 5000.0))
+    assert paired_runs.result(one).ended == 5000.0
     assert result.line("accuracy") == "float32 seed 3: accuracy 0.9300, 3.0 s an epoch, 1.00 GiB, 3 steps skipped"
 
 

@@ -19,6 +19,7 @@ from absl import flags
 import tfhalf
 from apps import runner
 from apps.image import classification
+from benchmarks import learning_curve
 from tests.apps.test_any_app import options_for, tiny_task
 from tests.conftest import ROOT, run_module
 from tfhalf import checkpoint, training
@@ -81,6 +82,12 @@ def test_epochs_of_a_run_are_scored_again(trained, data_dir, tmp_path):
     assert result.returncode == 1
     assert re.search("^error: .*holds a run of image_classification", result.stderr, re.MULTILINE), result.stderr
     assert "Traceback" not in result.stderr
+    for name, place, message in (
+        ("apps.image.nothing", folder / "run", r"--app=apps.image.nothing is no app \(No module .*write --app="),
+        (APP, tmp_path, "holds no run of an app"),
+    ):
+        with pytest.raises(runner.AppError, match=message):
+            learning_curve._run(types.SimpleNamespace(app=name, workdir=place, data_dir=data_dir, every=1))
 
 
 def test_samples_are_of_one_shape_and_few_bytes():
