@@ -76,6 +76,7 @@ def _once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Non
 @pytest.fixture(scope="session", autouse=True)
 def _fetching(request, tmp_path_factory) -> Iterator[Future | None]:
     """The folder of the data sets, some time; nothing is fetched where no test needs it."""
+    tmp_path_factory.getbasetemp()  # or the thread and the first test would both make it
     with ThreadPoolExecutor(1) as thread:
         needed = any(map(_needs_data, request.session.items))
         yield thread.submit(_once, tmp_path_factory, "data", _fetch) if needed else None

@@ -218,6 +218,81 @@ def test_compiling_again_starts_from_keras_own_step(build_convnet, pictures):
     model.train_on_batch(pictures, np.ones([12, 3], "float32"))
 
 
+class Counted(keras.optimizers.SGD):
+    """Counts how often Python applies it: once a trace."""
+
+    traces = 0
+
+    def apply(self, grads, trainable_variables=None):
+        self.traces += 1
+        return super().apply(grads, trainable_variables)
+
+
+class Rows(keras.Model):
+    """Makes ragged rows dense."""
+
+    def call(self, inputs, training=None, mask=None):
+        rows = inputs.to_tensor() if isinstance(inputs, tf.RaggedTensor) else inputs
+        return super().call(rows, training, mask)
+
+
+class OwnStep(keras.Model):
+    """What a batch is, only its step knows."""
+
+    def train_step(self, data):
+        return super().train_step((data["in"], data["out"]))
+
+
+def test_step_is_traced_once(build_convnet, pictures):
+    targets = np.ones([12, 3], "float32")
+
+    def traces(compile_it, train) -> int:
+        model, optimizer = build_convnet("float32"), Counted()
+        compile_it(model, optimizer)
+        train(model)
+        return optimizer.traces
+
+    def as_keras(model, optimizer):
+        model.compile(optimizer, "mse", metrics=["mae"])
+
+    for train in (
+        lambda model: model.fit(pictures, targets, batch_size=6, epochs=2, verbose=0),
+        lambda model: model.fit(tf.data.Dataset.from_tensors((pictures, targets)), verbose=0),
+        lambda model: [model.train_on_batch(pictures, targets) for _ in range(2)],
+    ):
+        assert traces(compiled, train) == 1
+        assert traces(as_keras, train) == 2
+
+
+def test_no_batch_is_lost_by_building(build_convnet, pictures):
+    seen = []
+
+    def batches():
+        for index in range(4):
+            seen.append(index)
+            yield pictures + index, np.ones([12, 3], "float32")
+
+    specs = tf.TensorSpec([12, 8, 8, 3]), tf.TensorSpec([12, 3])
+    dataset = tf.data.Dataset.from_generator(batches, output_signature=specs)
+    compiled(build_convnet(), keras.optimizers.SGD()).fit(dataset, steps_per_epoch=2, epochs=2, verbose=0)
+    assert seen == [0, 1, 2, 3]
+
+
+def test_what_cannot_be_built_without_a_batch_is_left_to_the_step():
+    x, y = np.ones([6, 4], "float32"), np.ones([6, 1], "float32")
+    inputs = keras.Input([4])
+    outputs = keras.layers.Dense(1)(inputs)
+    model = compiled(OwnStep(inputs, outputs))
+    assert np.isfinite(model.fit(tf.data.Dataset.from_tensors({"in": x, "out": y}), verbose=0).history["mae"][0])
+
+    ragged = tf.data.Dataset.from_tensors(tuple(map(tf.RaggedTensor.from_tensor, (x, y))))
+    model = Rows(inputs, outputs)
+    compile_model(
+        model, keras.optimizers.Adam(), loss=lambda true, seen: tf.reduce_mean((true.to_tensor() - seen) ** 2)
+    )
+    assert np.isfinite(model.fit(ragged, verbose=0).history["loss"][0])
+
+
 @pytest.mark.parametrize("policy", ["float32", *HALVES])
 def test_accumulation_in_every_policy_equals_the_larger_batch(policy):
     def train(batch_size, **more):

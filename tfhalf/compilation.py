@@ -8,6 +8,7 @@
 * On several replicas random layers draw other numbers in each. Keras 3 drops the same units in all of them.
 * Losses that layers add (`add_loss`, activity regularisers) are summed in float32; Keras adds half to float32, and
   fails.
+* The step is traced once. Keras lets the first step make variables, so TensorFlow traces it a second time.
 * `fit` works under `MultiWorkerMirroredStrategy`: Keras 3.15 takes means over an axis that its scalars don't have.
 
 All of it is put on the one model, nothing on Keras. It doesn't train (`tfhalf.training`).
@@ -18,6 +19,7 @@ import functools
 from collections.abc import Iterator
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfhalf import precision
@@ -27,6 +29,7 @@ from tfhalf.optimizer import LossScaleOptimizer
 _SEED_STEP = 0x9E3779B9
 # Attribute of a training step: the optimizer whose skipped steps it takes back.
 _GUARDED = "guarded_optimizer"
+_DENSE = (np.ndarray, tf.Tensor, tf.TensorSpec, type(None))
 # What is put on the model, and taken off when it is compiled again.
 _OVERRIDDEN = (
     "train_step",
@@ -86,6 +89,7 @@ def compile_model(
     _regularise_activities_in_float32(model)
     if isinstance(optimizer, LossScaleOptimizer):
         _guard_statistics(model)
+    _build_before_tracing(model)
     if _strategy(model) is not None:
         _fit_under_strategy(model, _strategy(model))
         spread_random_states(model)
@@ -214,27 +218,38 @@ def _mean_over_replicas(values: list[tf.Tensor]) -> list[tf.Tensor]:
     return [next(means) if value.dtype.is_floating else value for value in values]
 
 
-def _fit_under_strategy(model: keras.Model, strategy: tf.distribute.Strategy) -> None:
-    built = False
+def _build_before_tracing(model: keras.Model) -> None:
+    """Lets the metrics and the optimizer make their variables before the first step is traced.
+
+    Keras leaves that to the step, and TensorFlow traces a function twice if it makes variables.
+    """
+    strategy, own_step, built = _strategy(model), type(model).train_step is not keras.Model.train_step, False
 
     def build_once(iterator=None, data_batch=None):
         nonlocal built
-        if built:
+        if built or (strategy is None and own_step):  # what such a step calls isn't known
             return
-        if iterator is not None:
-            for _, _, batches in iterator:
-                data_batch = next(batches)
-                break
-        with strategy.scope():
-            model._symbolic_build(data_batch=tf.nest.map_structure(_local, data_batch))
+        if strategy is None:
+            # Private Keras: the epoch's data set, of which no batch is read.
+            specs = data_batch if iterator is None else iterator._distributed_dataset.element_spec
+            if not all(isinstance(leaf, _DENSE) for leaf in tf.nest.flatten(specs)):  # Keras would take it for dense
+                return
+        else:
+            if iterator is not None:
+                for _, _, batches in iterator:
+                    data_batch = next(batches)
+                    break
+            specs = tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], data_batch)
+        with strategy.scope() if strategy else contextlib.nullcontext():
+            model._symbolic_build(data_batch=specs)
         built = True
 
-    def _local(value):
-        return strategy.experimental_local_results(value)[0]
-
-    # Private Keras: it reads a batch before each fit, and fails to take the mean of several workers' batches.
-    # Shapes and dtypes are all that is needed of it.
+    # Private Keras: it builds under a strategy only, reads a batch before each fit, and fails to take the mean of
+    # several workers' batches. Shapes and dtypes are all that is needed of it.
     model._maybe_symbolic_build = build_once
+
+
+def _fit_under_strategy(model: keras.Model, strategy: tf.distribute.Strategy) -> None:
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return
 
