@@ -63,7 +63,7 @@ def small_options(module: str, data_dir: str, *arguments: str):
 
 
 @pytest.fixture(autouse=True)
-def _few_examples(monkeypatch, request):
+def few_examples(monkeypatch, request):
     """Some of each part: reading, learning pieces and counting words of all would be most of the time."""
     all_of, most = sets.split_names, _FEW.get(Path(request.module.__file__).parent.name, 300)
 
