@@ -280,7 +280,8 @@ def test_every_weight_counts_in_what_is_compared(learned):
 def test_bundle_translates(learned, tmp_path):
     model, data, _ = learned
     serve, signature = translation.serve(model, data)
-    texts = np.array([text if isinstance(text, bytes) else text.encode() for text in HAZARDS.values()])
+    # The hostile ones above are translated by the model; the longest takes most of the time.
+    texts = np.array([b"the old dog sees the cat and the big house", b"", b"\xff\xfe the \xc3"])
     manifest = tfhalf.export_saved_model(
         model,
         tmp_path / "1",
@@ -291,10 +292,11 @@ def test_bundle_translates(learned, tmp_path):
         resources=data.resources,
     )
     assert {"serving_default", "serving_float32", "serving_default_raw"} <= set(manifest.signatures)
+    served = tf.saved_model.load(tmp_path / "1").signatures
     for name in ("serving_default", "serving_float32"):
-        found = tfhalf.load_saved_model(tmp_path / "1", name)(np.array([b"the dog sees the cat", b""]))
-        assert found["translation"].tolist() == [b"la perro ve la gato", b""]
-        assert found["score"].dtype == np.float32
+        found = served[name](text=tf.constant([b"the dog sees the cat", b""]))
+        assert found["translation"].numpy().tolist() == [b"la perro ve la gato", b""]
+        assert found["score"].dtype == tf.float32
 
 
 def test_score_of_known_translations():
