@@ -433,7 +433,7 @@ TASK = runner.Task(
     describe=describe,
     show=show,
     conclude=conclude,
-    short={"width": 64, "depth": 1, "epochs": 4, "steps_per_epoch": 60},
+    short={"width": 64, "depth": 1, "epochs": 4, "steps_per_epoch": 60, "iterations": 8},
 )
 
 if __name__ == "__main__":
