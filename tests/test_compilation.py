@@ -264,18 +264,17 @@ def test_step_is_traced_once(build_convnet, pictures):
         assert traces(as_keras, train) == 2
 
 
-def test_no_batch_is_lost_by_building(build_convnet, pictures):
-    seen = []
+def test_no_batch_is_read_for_building(build_convnet, pictures):
+    starts = []
 
     def batches():
-        for index in range(4):
-            seen.append(index)
-            yield pictures + index, np.ones([12, 3], "float32")
+        starts.append(len(starts))
+        yield pictures, np.ones([12, 3], "float32")
 
     specs = tf.TensorSpec([12, 8, 8, 3]), tf.TensorSpec([12, 3])
     dataset = tf.data.Dataset.from_generator(batches, output_signature=specs)
-    compiled(build_convnet(), keras.optimizers.SGD()).fit(dataset, steps_per_epoch=2, epochs=2, verbose=0)
-    assert seen == [0, 1, 2, 3]
+    compiled(build_convnet()).fit(dataset, steps_per_epoch=1, verbose=0)
+    assert starts == [0]
 
 
 def test_what_cannot_be_built_without_a_batch_is_left_to_the_step():

@@ -29,6 +29,7 @@ from tfhalf.optimizer import LossScaleOptimizer
 _SEED_STEP = 0x9E3779B9
 # Attribute of a training step: the optimizer whose skipped steps it takes back.
 _GUARDED = "guarded_optimizer"
+# Of other kinds Keras would keep shape and dtype only: of ragged or sparse tensors that isn't all.
 _DENSE = (np.ndarray, tf.Tensor, tf.TensorSpec, type(None))
 # What is put on the model, and taken off when it is compiled again.
 _OVERRIDDEN = (
@@ -91,7 +92,7 @@ def compile_model(
         _guard_statistics(model)
     _build_before_tracing(model)
     if _strategy(model) is not None:
-        _fit_under_strategy(model, _strategy(model))
+        _give_vectors_to_workers(model)
         spread_random_states(model)
 
 
@@ -232,7 +233,7 @@ def _build_before_tracing(model: keras.Model) -> None:
         if strategy is None:
             # Private Keras: the epoch's data set, of which no batch is read.
             specs = data_batch if iterator is None else iterator._distributed_dataset.element_spec
-            if not all(isinstance(leaf, _DENSE) for leaf in tf.nest.flatten(specs)):  # Keras would take it for dense
+            if not all(isinstance(leaf, _DENSE) for leaf in tf.nest.flatten(specs)):
                 return
         else:
             if iterator is not None:
@@ -249,8 +250,9 @@ def _build_before_tracing(model: keras.Model) -> None:
     model._maybe_symbolic_build = build_once
 
 
-def _fit_under_strategy(model: keras.Model, strategy: tf.distribute.Strategy) -> None:
-    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+def _give_vectors_to_workers(model: keras.Model) -> None:
+    """Makes a step's logs vectors, where several workers' are reduced."""
+    if not isinstance(_strategy(model), tf.distribute.MultiWorkerMirroredStrategy):
         return
 
     def vectors(step):

@@ -62,7 +62,7 @@ def small_options(module: str, data_dir: str, *arguments: str):
     return options_for(task, f"--data_dir={data_dir}", "--batch_size=16", *small, *arguments)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def few_examples(monkeypatch, request):
     """Some of each part: reading, learning pieces and counting words of all would be most of the time."""
     all_of, most = sets.split_names, _FEW.get(Path(request.module.__file__).parent.name, 300)
@@ -94,6 +94,7 @@ def test_task_is_a_value_and_importing_defines_no_flag(module):
     assert all(shared[name].help and shared[name].help.endswith(".") for name in names)
 
 
+@pytest.mark.usefixtures("few_examples")
 @pytest.mark.slow
 @IN_POLICIES
 def test_steps_then_a_bundle_that_agrees(module, policy, beside_keras, tmp_path, data_dir):
@@ -162,6 +163,7 @@ def test_steps_then_a_bundle_that_agrees(module, policy, beside_keras, tmp_path,
         assert {"serving_default", "serving_float32"} <= {*manifest.signatures}
 
 
+@pytest.mark.usefixtures("few_examples")
 def test_training_data_is_a_pure_function_of_seed_and_epoch(module, data_dir):
     task = importlib.import_module(module).TASK
 
@@ -173,6 +175,7 @@ def test_training_data_is_a_pure_function_of_seed_and_epoch(module, data_dir):
     assert batch(first, 1) != batch(first, 0)
 
 
+@pytest.mark.usefixtures("few_examples")
 @pytest.mark.soak
 def test_another_seed_gives_other_batches(module, data_dir):
     loaded = importlib.import_module(module).TASK.load_data(small_options(module, data_dir, "--seed=1"))

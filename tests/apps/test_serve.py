@@ -342,7 +342,7 @@ def test_new_version_is_swapped_in_and_a_bad_one_refused_without_a_failed_reques
 def test_worker_that_is_killed_costs_no_request(server):
     before = server.workers()
     assert len(before) == 2
-    with Traffic(server, 3) as traffic:  # more would take the processor from the new worker
+    with Traffic(server, 6) as traffic:
         time.sleep(0.5)
         os.kill(before[0], signal.SIGKILL)
         end = time.monotonic() + 240

@@ -280,8 +280,7 @@ def test_every_weight_counts_in_what_is_compared(learned):
 def test_bundle_translates(learned, tmp_path):
     model, data, _ = learned
     serve, signature = translation.serve(model, data)
-    # The hostile ones above are translated by the model; the longest takes most of the time.
-    texts = np.array([b"the old dog sees the cat and the big house", b"", b"\xff\xfe the \xc3"])
+    texts = np.array([text if isinstance(text, bytes) else text.encode() for text in HAZARDS.values()])
     manifest = tfhalf.export_saved_model(
         model,
         tmp_path / "1",
