@@ -31,18 +31,18 @@ LOWEST, HIGHEST = -45, 20
 _WIDE_BELOW = 3  # exactly zero; subnormal in bfloat16 and float32; the rest
 _NUM_BINS = _WIDE_BELOW + (HIGHEST - LOWEST + 1) + 3  # and: the rest; within 2 bits of bfloat16's end; non-finite
 WIDTH = 4 + _NUM_BINS
+# A step with statistics measures hundreds of tensors. Each is a call in its graph, or tracing the first step and
+# optimizing its graph would take most of a minute. Shapes are left open, so that few graphs are made.
+_function = tf.function(autograph=False, reduce_retracing=True, experimental_attributes={"_noinline": True})
 
 
 def measure(tensors: list[tf.Tensor]) -> tf.Tensor:
     """Measures a group of float tensors together, in the graph: float32 `[WIDTH]`, for `Statistics`."""
     if not tensors:
         return tf.zeros([WIDTH])
-    exact, samples, shares = zip(
-        *(_measure_one(tf.reshape(tensor, [-1]), SAMPLE // len(tensors)) for tensor in tensors), strict=True
-    )
-    count, non_finite, maximum, norms = tf.unstack(tf.stack(exact), axis=1)
-    head = [tf.reduce_sum(count), tf.reduce_sum(non_finite), tf.reduce_max(maximum), _norm(norms, tf.reduce_max(norms))]
-    return tf.concat([tf.stack(head), _histogram(tf.concat(samples, 0), tf.concat(shares, 0))], 0)
+    most = tf.constant(SAMPLE // len(tensors))
+    exact, samples, shares = zip(*(_measure_one(tf.reshape(tensor, [-1]), most) for tensor in tensors), strict=True)
+    return _row(tf.stack(exact), tf.concat(samples, 0), tf.concat(shares, 0))
 
 
 def merged(rows: np.ndarray) -> np.ndarray:
@@ -64,6 +64,7 @@ def extremes(tensors: list[tf.Tensor]) -> tf.Tensor:
     return tf.stack([tf.reduce_sum(bad), tf.reduce_max(largest), tf.reduce_min(smallest)])
 
 
+@_function
 def _extremes_of(values: tf.Tensor) -> tf.Tensor:
     size = tf.abs(tf.cast(values, tf.float32))
     finite = tf.math.is_finite(size)
@@ -72,11 +73,12 @@ def _extremes_of(values: tf.Tensor) -> tf.Tensor:
     return tf.stack([_number(tf.logical_not(finite)), tf.maximum(largest, 0.0), smallest])
 
 
-def _measure_one(values: tf.Tensor, most: int) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+@_function
+def _measure_one(values: tf.Tensor, most: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Returns what is exact of one tensor, float32 `[4]`, some of its values, and how many each of them stands for."""
     size = tf.size(values)
-    spread = tf.cast(tf.cast(tf.constant(_SPREAD[:most]), tf.float64) * tf.cast(size, tf.float64), tf.int32)
-    indices = tf.where(size > most, spread, tf.minimum(tf.range(min(most, SAMPLE)), tf.maximum(size - 1, 0)))
+    spread = tf.cast(tf.constant(_SPREAD)[:most] * tf.cast(size, tf.float64), tf.int32)
+    indices = tf.where(size > most, spread, tf.minimum(tf.range(most), tf.maximum(size - 1, 0)))
     sample = tf.cast(tf.gather(values, indices[: tf.minimum(size, most)]), tf.float32)
     # As integers, magnitudes of floats are in the order of the numbers, then come infinity and NaN.
     bits = bits_of(values)
@@ -86,6 +88,14 @@ def _measure_one(values: tf.Tensor, most: int) -> tuple[tf.Tensor, tf.Tensor, tf
     count, taken = tf.cast(size, tf.float32), tf.cast(tf.size(sample), tf.float32)
     shares = tf.fill([tf.size(sample)], count / tf.maximum(taken, 1.0))
     return tf.concat([[count], exact], 0), sample, shares
+
+
+@_function
+def _row(exact: tf.Tensor, sample: tf.Tensor, shares: tf.Tensor) -> tf.Tensor:
+    """What `measure` returns, of its tensors' exact numbers, float32 `[tensors, 4]`, and of all that was sampled."""
+    count, non_finite, maximum, norms = tf.unstack(exact, axis=1)
+    head = [tf.reduce_sum(count), tf.reduce_sum(non_finite), tf.reduce_max(maximum), _norm(norms, tf.reduce_max(norms))]
+    return tf.concat([tf.stack(head), _histogram(sample, shares)], 0)
 
 
 def bits_of(tensor: tf.Tensor) -> tf.Tensor:

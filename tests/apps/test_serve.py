@@ -330,11 +330,15 @@ def test_new_version_is_swapped_in_and_a_bad_one_refused_without_a_failed_reques
     assert len([line for line in server.lines if line.startswith("adds version 3: refused")]) == 1
     request = get_model_status_pb2.GetModelStatusRequest()
     request.model_spec.name = "adds"
-    states = model_service_pb2_grpc.ModelServiceStub(server.channel).GetModelStatus(request, timeout=30)
-    known = {one.version: (one.state, one.status.error_message) for one in states.model_version_status}
-    assert known[3][0] == get_model_status_pb2.ModelVersionStatus.END
-    assert "sha256 differs" in known[3][1]
-    assert {known[number][0] for number in (1, 2)} == {get_model_status_pb2.ModelVersionStatus.AVAILABLE}
+    status = functools.partial(model_service_pb2_grpc.ModelServiceStub(server.channel).GetModelStatus, request)
+    available, refused = get_model_status_pb2.ModelVersionStatus.AVAILABLE, get_model_status_pb2.ModelVersionStatus.END
+    states, end = {}, time.monotonic() + 60
+    while states != {1: available, 2: available, 3: refused} and time.monotonic() < end:
+        time.sleep(0.1)  # each worker loads for itself; the one that is asked may not be ready
+        known = {one.version: one for one in status(timeout=30).model_version_status}
+        states = {number: one.state for number, one in known.items()}
+    assert states == {1: available, 2: available, 3: refused}
+    assert "sha256 differs" in known[3].status.error_message
     assert server.predict("adds", "x", np.zeros([1, 4], "float32"), version=1)[0] == 1
     assert server.call("POST", "/v1/models/adds/versions/3:predict", '{"instances": [[1, 2, 3, 4]]}')[0] == 404
 
