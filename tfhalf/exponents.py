@@ -40,7 +40,8 @@ def measure(tensors: list[tf.Tensor]) -> tf.Tensor:
     """Measures a group of float tensors together, in the graph: float32 `[WIDTH]`, for `Statistics`."""
     if not tensors:
         return tf.zeros([WIDTH])
-    most = tf.constant(SAMPLE // len(tensors))
+    # A number for TensorFlow would be a constant, and each call that has one is optimized for itself.
+    most = SAMPLE // len(tensors)
     exact, samples, shares = zip(*(_measure_one(tf.reshape(tensor, [-1]), most) for tensor in tensors), strict=True)
     return _row(tf.stack(exact), tf.concat(samples, 0), tf.concat(shares, 0))
 
@@ -74,10 +75,10 @@ def _extremes_of(values: tf.Tensor) -> tf.Tensor:
 
 
 @_function
-def _measure_one(values: tf.Tensor, most: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+def _measure_one(values: tf.Tensor, most: int) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Returns what is exact of one tensor, float32 `[4]`, some of its values, and how many each of them stands for."""
     size = tf.size(values)
-    spread = tf.cast(tf.constant(_SPREAD)[:most] * tf.cast(size, tf.float64), tf.int32)
+    spread = tf.cast(tf.constant(_SPREAD[:most]) * tf.cast(size, tf.float64), tf.int32)
     indices = tf.where(size > most, spread, tf.minimum(tf.range(most), tf.maximum(size - 1, 0)))
     sample = tf.cast(tf.gather(values, indices[: tf.minimum(size, most)]), tf.float32)
     # As integers, magnitudes of floats are in the order of the numbers, then come infinity and NaN.
