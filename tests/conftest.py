@@ -5,7 +5,6 @@ import fcntl
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,23 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import modules
+
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 pytest.register_assert_rewrite("tests.apps.contract")
 
 
-def run_module(*arguments: str, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
+def run_module(*arguments: str, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess:
     """Runs `python -m ...` as a user does."""
-    return subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=options.pop("timeout", 300),
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        **options,
-    )
+    return modules.run(list(arguments), cwd, os.environ | {"PYTHONPATH": str(ROOT)}, timeout)
 
 
 def options_for(task, *arguments: str):

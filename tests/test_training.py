@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 import tfhalf
+from tests.conftest import ROOT, run_module
 from tests.test_optimizer import replicas
 from tfhalf import checkpoint, training
 
@@ -106,53 +107,8 @@ def test_monitor_of_accuracy_is_best_when_highest(model, tmp_path):
     assert progress.best == max(epoch["val_mae"] for epoch in progress.history)
 
 
-SCRIPT = """
-import os, signal, sys
-checkpoint_seconds = 0.0 if sys.argv[2] == "often" else 300.0
-import keras, numpy as np, tensorflow as tf, tfhalf
-from tfhalf import training
-workdir, mode = sys.argv[1:]
-keras.utils.set_random_seed(1)
-with tfhalf.PrecisionPlan().scope():
-    inputs = keras.Input([12])
-    x = keras.layers.Dense(32, name="dense")(inputs)
-    x = keras.layers.BatchNormalization(name="norm")(x)
-    x = keras.layers.Dropout(0.4, name="dropout")(x)
-    model = keras.Model(inputs, keras.layers.Dense(2, dtype="float32", name="head")(x))
-schedule = keras.optimizers.schedules.CosineDecay(0.01, 30)
-training.compile_model(model, keras.optimizers.Adam(schedule), loss="mse", metrics=[], dynamic_growth_steps=4)
-def batches(epoch):
-    if mode == "kill" and epoch == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    def stop(x, y):
-        if epoch == 2 and np.array_equal(x.numpy(), marked):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return x
-    x = np.random.default_rng([1, epoch]).normal(size=[48, 12]).astype("float32")
-    marked = x[16:24].copy()
-    if mode == "poison" and epoch == 2:
-        x[:16] = np.nan
-    data = tf.data.Dataset.from_tensor_slices((x, x[:, :2])).batch(8)
-    if mode in ("term", "poison"):
-        data = data.map(lambda x, y: (tf.ensure_shape(tf.py_function(stop, [x, y], tf.float32), [None, 12]), y))
-    return data
-print("begun", flush=True)
-try:
-    progress = training.fit(model, batches, batches(99), workdir=workdir, epochs=5, steps_per_epoch=6,
-                            monitor="val_loss", config={}, report=print, checkpoint_seconds=checkpoint_seconds)
-except training.InterruptedRun as error:
-    print(error)
-    sys.exit(130)
-except training.TrainingError as error:
-    print(error)
-    sys.exit(1)
-"""
-
-
 def run_script(workdir, mode: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(workdir), mode], capture_output=True, text=True, timeout=120, check=False
-    )
+    return run_module("tests.resumable", str(workdir), mode)
 
 
 def newest(folder) -> tuple[dict, dict]:
@@ -190,11 +146,15 @@ def test_killed_and_stopped_runs_go_on_exactly(tmp_path):
         assert_same_result(tmp_path / "whole", tmp_path / name)
 
 
+def start_script(folder) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tests.resumable", str(folder), "often"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
 def kill_at_random(folder, kills: int, random, seconds: float) -> None:
     """Kills a run with SIGKILL at random moments, then lets it end."""
     for _ in range(kills):
-        command = [sys.executable, "-c", SCRIPT, str(folder), "often"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process = start_script(folder)
         assert process.stdout.readline() == "begun\n"  # importing isn't what is tested
         time.sleep(random.uniform(0, seconds))
         process.kill()
@@ -207,12 +167,7 @@ def kill_at_random(folder, kills: int, random, seconds: float) -> None:
 
 def run_whole(folder) -> float:
     """Lets a run end; returns the seconds from its begin."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder), "often"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+    process = start_script(folder)
     assert process.stdout.readline() == "begun\n"
     start = time.monotonic()
     process.communicate()
