@@ -36,7 +36,8 @@ soak: $(INSTALLED)
 clean:
 	rm -rf .venv *.egg-info
 
-# Debian's python3.11 comes without venv's pip; as root it is installed, else the error says what to do.
+# Debian's python3.11 comes without venv's pip; as root it is installed, else the error says what to do. Modules are
+# compiled when they are first imported: all of them would take a minute, and most of them never are.
 $(INSTALLED): setup.cfg pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or pass PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv || { [ "$$(id -u)" = 0 ] && apt-get update && apt-get install -y python3.11-venv && $(PYTHON) -m venv --clear .venv; } \
