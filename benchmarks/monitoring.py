@@ -56,7 +56,9 @@ def main(argv: list[str]) -> None:
         monitor.close()
     times = {name: np.array(values[_WARM_UP:]) for name, values in seconds.items()}
     plain, due, others = np.median(times["without"], 1), times["with"][:, 0], np.median(times["with"][:, 1:], 1)
+    first = {name: values[0][0] for name, values in seconds.items()}
     print(f"{network}, mixed_float16, {rounds} rounds; load {load:.1f} before")
+    print(f"first    {first['without']:8.1f} s without, {first['with']:.1f} s with: TensorFlow makes the graph")
     print(f"without  {1000 * np.median(plain):8.1f} ms a step")
     print(f"with     {1000 * np.median(others):8.1f} ms, measured {1000 * np.median(due):8.1f} ms")
     for every in (50, 1):

@@ -5,6 +5,7 @@ import fcntl
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,9 +20,15 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 pytest.register_assert_rewrite("tests.apps.contract")
 
 
-def run_module(*arguments: str, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Runs `python -m ...` as a user does."""
-    return modules.run(list(arguments), cwd, os.environ | {"PYTHONPATH": str(ROOT)}, timeout)
+def run_module(*arguments: str, timeout: float = 300, is_forked: bool = True) -> subprocess.CompletedProcess:
+    """Runs `python -m ...` in the project's folder: from a process that has TensorFlow, or as a shell does."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if is_forked:
+        return modules.run(list(arguments), ROOT, environment, timeout)
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 def options_for(task, *arguments: str):
@@ -84,7 +91,9 @@ def _fetch(folder: Path) -> None:
     names = ["mnist_5k", "deepforest", "blue_marble", "reuters_r8", "vader_movies"]
     if shutil.which("apt-get"):  # these are Debian's packages
         names += ["bible_en_es", "fillets_cs", "fillets_noisy", "gcin_tones"]
-    result = run_module("apps.data", f"--dataset={','.join(names)}", f"--data_dir={folder}", timeout=900)
+    result = run_module(
+        "apps.data", f"--dataset={','.join(names)}", f"--data_dir={folder}", timeout=900, is_forked=False
+    )
     assert result.returncode == 0, result.stderr
     assert "train 4,000, test 1,000" in result.stdout
 
@@ -96,7 +105,8 @@ def trained(tmp_path_factory, data_dir):
     arguments += ["--batch_size=48", "--seed=3"]
 
     def train(folder: Path) -> None:
-        result = run_module(*arguments, f"--workdir={folder}/run", f"--saved_model_dir={folder}/saved_models")
+        places = f"--workdir={folder}/run", f"--saved_model_dir={folder}/saved_models"
+        result = run_module(*arguments, *places, is_forked=False)
         assert result.returncode == 0, result.stderr
         (folder / "printed").write_text(result.stdout)
 

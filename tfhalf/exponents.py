@@ -15,6 +15,8 @@ Source: Micikevicius et al. 2018, section 3.2 and figure 3, https://arxiv.org/ab
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -31,9 +33,22 @@ LOWEST, HIGHEST = -45, 20
 _WIDE_BELOW = 3  # exactly zero; subnormal in bfloat16 and float32; the rest
 _NUM_BINS = _WIDE_BELOW + (HIGHEST - LOWEST + 1) + 3  # and: the rest; within 2 bits of bfloat16's end; non-finite
 WIDTH = 4 + _NUM_BINS
-# A step with statistics measures hundreds of tensors. Each is a call in its graph, or tracing the first step and
-# optimizing its graph would take most of a minute. Shapes are left open, so that few graphs are made.
-_function = tf.function(autograph=False, reduce_retracing=True, experimental_attributes={"_noinline": True})
+
+
+def _as_call(function: Callable) -> Callable:
+    """Makes a function a call in a graph, with shapes left open: a step with statistics measures hundreds of tensors,
+    and to trace and optimize each took three quarters of the first step's time (RESULTS.md, what the monitor costs).
+    """
+    in_graph = tf.function(
+        function, autograph=False, reduce_retracing=True, experimental_attributes={"_noinline": True}
+    )
+
+    @functools.wraps(function)
+    def call(*arguments):
+        # When eager, TensorFlow would warn of functions that are made again for other dtypes.
+        return function(*arguments) if tf.executing_eagerly() else in_graph(*arguments)
+
+    return call
 
 
 def measure(tensors: list[tf.Tensor]) -> tf.Tensor:
@@ -65,7 +80,7 @@ def extremes(tensors: list[tf.Tensor]) -> tf.Tensor:
     return tf.stack([tf.reduce_sum(bad), tf.reduce_max(largest), tf.reduce_min(smallest)])
 
 
-@_function
+@_as_call
 def _extremes_of(values: tf.Tensor) -> tf.Tensor:
     size = tf.abs(tf.cast(values, tf.float32))
     finite = tf.math.is_finite(size)
@@ -74,7 +89,7 @@ def _extremes_of(values: tf.Tensor) -> tf.Tensor:
     return tf.stack([_number(tf.logical_not(finite)), tf.maximum(largest, 0.0), smallest])
 
 
-@_function
+@_as_call
 def _measure_one(values: tf.Tensor, most: int) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Returns what is exact of one tensor, float32 `[4]`, some of its values, and how many each of them stands for."""
     size = tf.size(values)
@@ -91,7 +106,7 @@ def _measure_one(values: tf.Tensor, most: int) -> tuple[tf.Tensor, tf.Tensor, tf
     return tf.concat([[count], exact], 0), sample, shares
 
 
-@_function
+@_as_call
 def _row(exact: tf.Tensor, sample: tf.Tensor, shares: tf.Tensor) -> tf.Tensor:
     """What `measure` returns, of its tensors' exact numbers, float32 `[tensors, 4]`, and of all that was sampled."""
     count, non_finite, maximum, norms = tf.unstack(exact, axis=1)
