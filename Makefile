@@ -23,7 +23,7 @@ data: $(INSTALLED)
 
 # The short form of what RESULTS.md shows; 30 rounds or more are for claims.
 bench: $(INSTALLED)
-	$(RUN) -m pip install --disable-pip-version-check --quiet --no-compile --editable '.[dev,bench]'
+	$(RUN) -m pip install --disable-pip-version-check --quiet --editable '.[dev,bench]'
 	$(RUN) -m benchmarks.training --network=resnet --rounds=5
 	$(RUN) -m benchmarks.training --network=encoder --rounds=5
 	$(RUN) -m benchmarks.inference --network=resnet --rounds=10
@@ -36,13 +36,12 @@ soak: $(INSTALLED)
 clean:
 	rm -rf .venv *.egg-info
 
-# Debian's python3.11 comes without venv's pip; as root it is installed, else the error says what to do. Modules are
-# compiled when they are first imported: all of them would take a minute, and most of them never are.
+# Debian's python3.11 comes without venv's pip; as root it is installed, else the error says what to do.
 $(INSTALLED): setup.cfg pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or pass PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv || { [ "$$(id -u)" = 0 ] && apt-get update && apt-get install -y python3.11-venv && $(PYTHON) -m venv --clear .venv; } \
 	  || { rm -rf .venv; echo "error: $(PYTHON) can't make a virtual environment; run: apt-get install python3.11-venv" >&2; exit 1; }
-	$(RUN) -m pip install --disable-pip-version-check --quiet --no-compile --editable '.[dev]'
-	@$(RUN) -m pip install --disable-pip-version-check --quiet --no-compile --editable '.[pesq]' \
+	$(RUN) -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@$(RUN) -m pip install --disable-pip-version-check --quiet --editable '.[pesq]' \
 	  || echo "note: pesq can't be compiled here (apt-get install gcc python3.11-dev), so PESQ won't be measured" >&2
 	touch $@
