@@ -48,7 +48,8 @@ def test_runs_finish_some_at_a_time_and_finished_ones_stay_so(tmp_path):
     times = [[float((one.folder / name).read_text().split()[0]) for name in ("began", "ended")] for one in runs]
     at_once = [sum(began <= moment < ended for began, ended in times) for moment, _ in times]
     assert max(at_once) == 2
-    assert [began for began, _ in times] == sorted(began for began, _ in times)
+    # In their order, but that two which are started together may come to their first line in either.
+    assert all(one[0] < other[0] for one, other in zip(times, times[2:], strict=False))
     threads = (runs[0].folder / "began").read_text().split()[1]
     assert int(threads) == max(1, len(os.sched_getaffinity(0)) // 2)
     paired_runs.execute([*runs, run(tmp_path, 5)], 2, seen.append)
