@@ -1,5 +1,6 @@
 """Runs that finish, fail, diverge and are taken up again, with a small program in the apps' place."""
 
+import functools
 import json
 import os
 import signal
@@ -97,7 +98,10 @@ from apps import paired_runs
 from tests.apps.test_paired_runs import run
 paired_runs.execute([run(Path({str(tmp_path)!r}), seed, "hangs") for seed in (0, 1)], 2, print)
 """
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE)
+    # Where tests run in a shell's background, Ctrl-C is ignored, and what they start would ignore it too.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, preexec_fn=listen)
     folders = [run(tmp_path, seed).folder for seed in (0, 1)]
     deadline = time.monotonic() + 90
     while not all((folder / "began").exists() for folder in folders):
