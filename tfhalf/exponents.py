@@ -37,7 +37,7 @@ WIDTH = 4 + _NUM_BINS
 
 def _as_call(function: Callable) -> Callable:
     """Makes a function a call in a graph, with shapes left open: a step with statistics measures hundreds of tensors,
-    and to trace and optimize each took three quarters of the first step's time (RESULTS.md, what the monitor costs).
+    and to trace and optimize each took most of the first step's time (RESULTS.md, what the monitor costs).
     """
     in_graph = tf.function(
         function, autograph=False, reduce_retracing=True, experimental_attributes={"_noinline": True}
