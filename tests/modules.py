@@ -1,7 +1,7 @@
 """Runs `python -m ...` for tests, in a process of its own that begins with TensorFlow imported.
 
-Importing it takes seven seconds of CPU, and `make test` runs a command some fifty times. So one process imports what
-isn't ours, and each run is forked from it. What differs from a shell's: variables that TensorFlow reads when it is
+Importing it takes seven seconds of CPU, and `make test` runs dozens of commands. So one process imports what isn't
+ours, and each run is forked from it. What differs from a shell's: variables that TensorFlow reads when it is
 imported have no effect, what it prints then is lost, and no `atexit` runs. Where that matters, and where tests kill or
 interrupt from outside, a process is started plainly.
 """

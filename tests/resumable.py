@@ -1,6 +1,8 @@
 """A program for tests: a run of training that kills itself, is asked to stop, or is killed from outside.
 
-python -m tests.resumable <folder> <whole|often|kill|term|poison>
+    python -m tests.resumable <folder> <whole|often|kill|term|poison>
+
+It prints `begun` before the first batch, and exits as an app does.
 """
 
 import os

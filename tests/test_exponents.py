@@ -111,7 +111,7 @@ def test_a_graph_gets_a_call_for_each_tensor():
     both = tf.function(lambda *tensors: (exponents.measure(list(tensors)), exponents.extremes(list(tensors))))
     operations = both.get_concrete_function(*specs).graph.get_operations()
     assert len(operations) < 10 * len(specs)
-    # A call that has a constant is a function of its own for TensorFlow, which optimizes each.
+    # TensorFlow optimizes each call that has a constant for itself.
     calls = [operation for operation in operations if operation.type == "PartitionedCall"]
     assert len(calls) == 2 * len(specs) + 1
     assert not any(tensor.op.type == "Const" for call in calls for tensor in call.inputs)

@@ -55,7 +55,7 @@ def measure(tensors: list[tf.Tensor]) -> tf.Tensor:
     """Measures a group of float tensors together, in the graph: float32 `[WIDTH]`, for `Statistics`."""
     if not tensors:
         return tf.zeros([WIDTH])
-    # A number for TensorFlow would be a constant, and each call that has one is optimized for itself.
+    # A Python number: a tensor would be a constant, and TensorFlow optimizes each call that has one for itself.
     most = SAMPLE // len(tensors)
     exact, samples, shares = zip(*(_measure_one(tf.reshape(tensor, [-1]), most) for tensor in tensors), strict=True)
     return _row(tf.stack(exact), tf.concat(samples, 0), tf.concat(shares, 0))
